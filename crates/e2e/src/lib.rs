@@ -1,0 +1,10 @@
+//! The real parts that tests of every crate stand on, and (in `tests/`) the black-box tests of lvp as a whole.
+//!
+//! It knows nothing of lvp's crates: tests drive the built binary or bring their own types.
+
+pub mod bed;
+pub mod images;
+pub mod minio;
+pub mod s3;
+pub mod server;
+pub mod vm;

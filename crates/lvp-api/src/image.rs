@@ -1,0 +1,120 @@
+//! Cached images as the API shows them, and the requests about them.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::Digest;
+
+/// The format of an image file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ImageFormat {
+    /// qemu's copy-on-write format, version 2 or 3.
+    Qcow2,
+    /// The disk's bytes as they are.
+    Raw,
+}
+
+impl ImageFormat {
+    /// The name on the wire, which is also the file name's ending.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qcow2 => "qcow2",
+            Self::Raw => "raw",
+        }
+    }
+}
+
+impl std::fmt::Display for ImageFormat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl std::str::FromStr for ImageFormat {
+    type Err = crate::Invalid;
+
+    fn from_str(text: &str) -> Result<Self, crate::Invalid> {
+        match text {
+            "qcow2" => Ok(Self::Qcow2),
+            "raw" => Ok(Self::Raw),
+            _ => Err(crate::Invalid(format!(
+                "image type '{}' is not known; there are qcow2 and raw",
+                text.escape_debug()
+            ))),
+        }
+    }
+}
+
+/// A verified image in the cache.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Image {
+    /// The file's name in the cache: `<stem>-<first 16 of the SHA-256>.<format>`.
+    pub name: String,
+    /// The SHA-256 of the file.
+    #[schema(value_type = String)]
+    pub digest: Digest,
+    /// The file.
+    pub path: String,
+    /// Its format.
+    pub format: ImageFormat,
+    /// Its length in bytes, as cached (compressed).
+    pub size_bytes: u64,
+    /// The size of the disk in it, in bytes.
+    pub virtual_size_bytes: u64,
+    /// The URL that it came from last.
+    pub source: String,
+    /// Whether it was checked against a published or given digest, not only against its own.
+    pub verified: bool,
+    /// Whether it is kept whatever the cache's size.
+    pub pinned: bool,
+    /// Whether a job uses it now.
+    pub in_use: bool,
+    /// When it was fetched.
+    #[schema(value_type = String, format = DateTime)]
+    pub fetched_at: Timestamp,
+    /// When it was last used.
+    #[schema(value_type = String, format = DateTime)]
+    pub last_used_at: Timestamp,
+}
+
+/// The answer to a verification of a cached image.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ImageVerification {
+    /// The image's name.
+    pub name: String,
+    /// Whether the file still has its digest.
+    pub intact: bool,
+    /// The digest that it should have.
+    #[schema(value_type = String)]
+    pub expected: Digest,
+    /// The digest that it has.
+    #[schema(value_type = String)]
+    pub actual: Digest,
+}
+
+/// Asks for an image in the cache, for a later provision.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PrefetchRequest {
+    /// Where the image is.
+    pub image_url: String,
+    /// The image's type; without it, the URL's ending says it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_type: Option<ImageFormat>,
+    /// The image's digest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checksum: Option<String>,
+    /// Returned in the job.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub correlation_id: Option<String>,
+}
+
+/// Pins or unpins an image.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PinRequest {
+    /// Whether to keep the image whatever the cache's size.
+    pub pinned: bool,
+}

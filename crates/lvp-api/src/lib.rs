@@ -1,0 +1,36 @@
+//! The wire vocabulary of lvp: what its HTTP API, its command line and its engine say to each other.
+//!
+//! Ids, names, sizes and digests that are checked when they are made; the requests and views of the API;
+//! and [`ErrorCode`], the stable list of everything that can go wrong. With the feature `client`, also the
+//! HTTP client. It leaves out all behaviour: nothing here touches a host, a network (but the client) or a clock.
+
+#[cfg(feature = "client")]
+pub mod client;
+mod digest;
+mod error;
+mod health;
+mod image;
+mod job;
+mod name;
+mod plan;
+mod request;
+mod size;
+mod target;
+mod volume;
+
+pub use digest::{Digest, DigestAlgorithm};
+pub use error::{ErrorBody, ErrorCode};
+pub use health::{Check, Health, HealthStatus};
+pub use image::{Image, ImageFormat, ImageVerification, PinRequest, PrefetchRequest};
+pub use job::{Job, JobId, JobKind, JobList, JobStatus, Progress, Stage, Submitted};
+pub use name::VolumeName;
+pub use plan::{Plan, VolumeAction};
+pub use request::ProvisionRequest;
+pub use size::{ByteSize, GIB, MIB};
+pub use target::TargetSpec;
+pub use volume::Volume;
+
+/// A value of the vocabulary that cannot be: which rule it breaks, in one sentence.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Invalid(pub String);

@@ -1,0 +1,88 @@
+//! Where volumes live: a target's written form, `lvm:GROUP[/POOL]` or `dir:/PATH`, or the name of a configured one.
+//!
+//! It leaves out the settings of a configured target and everything that acts on one.
+
+use std::{fmt, path::PathBuf, str::FromStr};
+
+use crate::Invalid;
+
+/// A place for volumes that a request or the configuration names.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum TargetSpec {
+    /// An LVM volume group; with a pool, new volumes are thin.
+    Lvm {
+        /// The volume group.
+        volume_group: String,
+        /// The thin pool in it.
+        thin_pool: Option<String>,
+    },
+    /// A directory of raw files.
+    Directory {
+        /// Absolute path.
+        path: PathBuf,
+    },
+    /// A target of the configuration, by its name.
+    Named(String),
+}
+
+fn is_lvm_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 127
+        && !name.starts_with('-')
+        && name != "."
+        && name != ".."
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || "+_.-".contains(c))
+}
+
+impl FromStr for TargetSpec {
+    type Err = Invalid;
+
+    fn from_str(text: &str) -> Result<Self, Invalid> {
+        let invalid = |why: &str| {
+            Invalid(format!(
+                "target '{}' {why}; write lvm:GROUP, lvm:GROUP/POOL, dir:/PATH or a configured name",
+                text.escape_debug()
+            ))
+        };
+        match text.split_once(':') {
+            Some(("lvm", rest)) => {
+                let (group, pool) = rest.split_once('/').map_or((rest, None), |(group, pool)| (group, Some(pool)));
+                if !is_lvm_name(group) || !pool.is_none_or(is_lvm_name) {
+                    return Err(invalid("does not name a volume group"));
+                }
+                Ok(Self::Lvm { volume_group: group.to_owned(), thin_pool: pool.map(str::to_owned) })
+            }
+            Some(("dir", path)) if path.starts_with('/') => Ok(Self::Directory { path: PathBuf::from(path) }),
+            Some(("dir", _)) => Err(invalid("needs an absolute path")),
+            Some(_) => Err(invalid("has an unknown kind")),
+            None if is_lvm_name(text) => Ok(Self::Named(text.to_owned())),
+            None => Err(invalid("is not a name")),
+        }
+    }
+}
+
+impl fmt::Display for TargetSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Lvm { volume_group, thin_pool: None } => write!(f, "lvm:{volume_group}"),
+            Self::Lvm { volume_group, thin_pool: Some(pool) } => write!(f, "lvm:{volume_group}/{pool}"),
+            Self::Directory { path } => write!(f, "dir:{}", path.display()),
+            Self::Named(name) => f.write_str(name),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_what_it_prints() {
+        for text in ["lvm:vg0", "lvm:vg0/pool0", "dir:/srv/volumes", "fast"] {
+            assert_eq!(text.parse::<TargetSpec>().unwrap().to_string(), text);
+        }
+        for text in ["", "lvm:", "lvm:/pool", "lvm:vg0/", "lvm:-a", "dir:relative", "nfs:/x", "a b"] {
+            assert!(text.parse::<TargetSpec>().is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,32 @@
+//! Volumes as the API shows them.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::{Digest, JobId, VolumeName};
+
+/// A volume of a target.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Volume {
+    /// Its name.
+    #[schema(value_type = String)]
+    pub name: VolumeName,
+    /// The target that it lives in.
+    pub target: String,
+    /// Its device or file.
+    pub device_path: String,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// Whether lvp made it. Only then `delete` removes it.
+    pub made_by_lvp: bool,
+    /// The job that made it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job_id: Option<JobId>,
+    /// The digest of the image that it was last provisioned with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub image_digest: Option<Digest>,
+    /// Why it may not be overwritten now; absent when it is free. Only in the answer for a single volume.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub in_use: Option<String>,
+}

@@ -1,0 +1,14 @@
+//! Block devices and raw files as targets of a copy: who uses them, and writing, zeroing and syncing them.
+
+use std::path::PathBuf;
+
+/// Where a copy goes: what a volume backend hands to `format`, and all that `format` knows of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockTarget {
+    /// The block device or raw file. It exists and has its full size.
+    pub path: PathBuf,
+    /// Its size in bytes: a multiple of 512.
+    pub size: u64,
+    /// Whether every byte that was never written reads as zero, so that no zero need be written.
+    pub reads_zero: bool,
+}

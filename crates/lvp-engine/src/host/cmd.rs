@@ -1,0 +1,155 @@
+//! Runs programs of the host: no shell, a clean environment, a time limit, and errors that quote the program's words.
+//!
+//! It leaves out what the output means: callers parse it.
+
+use std::{
+    ffi::OsStr,
+    io::Read,
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use lvp_api::ErrorCode;
+
+use crate::error::{Error, Result};
+
+/// How much of a failed program's stderr goes into the error.
+const STDERR_KEPT: usize = 1024;
+/// How often a running program is looked at.
+const POLL: Duration = Duration::from_millis(5);
+
+/// What a program left: its exit code and what it printed.
+#[derive(Debug)]
+pub struct Finished {
+    /// The exit code; -1 when a signal ended it.
+    pub code: i32,
+    /// Standard output, as text.
+    pub stdout: String,
+    /// Standard error, as text, its end only.
+    pub stderr: String,
+}
+
+/// Runs `program` with `arguments` to its end, `limit` at most.
+///
+/// # Errors
+/// `command_failed` when the program is missing, cannot be started or is killed at the limit. An exit code other
+/// than 0 is not an error here: LVM, for one, exits with 5 for everything, and only the caller can tell.
+pub fn run(program: &str, arguments: &[impl AsRef<OsStr>], limit: Duration) -> Result<Finished> {
+    let mut child = Command::new(program)
+        .args(arguments)
+        .env("LC_ALL", "C")
+        // The daemon's sockets and locks are close-on-exec; LVM still looks at every descriptor.
+        .env("LVM_SUPPRESS_FD_WARNINGS", "1")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| not_started(program, error))?;
+    let stdout = reader(child.stdout.take());
+    let stderr = reader(child.stderr.take());
+    let deadline = Instant::now() + limit;
+    let status = loop {
+        match child.try_wait() {
+            Ok(Some(status)) => break status,
+            Ok(None) if Instant::now() < deadline => thread::sleep(POLL),
+            Ok(None) => {
+                // A program in an uninterruptible wait survives the kill; it is left behind rather than waited for.
+                let _ = child.kill();
+                return Err(Error::new(
+                    ErrorCode::CommandFailed,
+                    format!("{program} did not end within {} s and was killed", limit.as_secs()),
+                )
+                .detail("command", line(program, arguments)));
+            }
+            Err(error) => {
+                return Err(Error::new(ErrorCode::CommandFailed, format!("waiting for {program} failed")).source(error));
+            }
+        }
+    };
+    let stderr = stderr.join().unwrap_or_default();
+    Ok(Finished { code: status.code().unwrap_or(-1), stdout: stdout.join().unwrap_or_default(), stderr: tail(&stderr) })
+}
+
+/// As [`run`], but any exit code other than 0 is the error `command_failed`.
+pub fn run_ok(program: &str, arguments: &[impl AsRef<OsStr>], limit: Duration) -> Result<Finished> {
+    let finished = run(program, arguments, limit)?;
+    if finished.code == 0 { Ok(finished) } else { Err(failed(program, arguments, &finished)) }
+}
+
+/// The error for a program that ended with a code other than 0.
+pub fn failed(program: &str, arguments: &[impl AsRef<OsStr>], finished: &Finished) -> Error {
+    let said =
+        if finished.stderr.is_empty() { "it said nothing".to_owned() } else { finished.stderr.replace('\n', "; ") };
+    Error::new(ErrorCode::CommandFailed, format!("{program} failed with exit code {}: {said}", finished.code))
+        .detail("command", line(program, arguments))
+}
+
+fn not_started(program: &str, error: std::io::Error) -> Error {
+    let missing = error.kind() == std::io::ErrorKind::NotFound;
+    let failed = Error::new(ErrorCode::CommandFailed, format!("{program} could not be started")).source(error);
+    if missing {
+        failed.hint(format!("install the package that brings {program}; `lvp doctor` names it")).retry(false)
+    } else {
+        failed
+    }
+}
+
+fn line(program: &str, arguments: &[impl AsRef<OsStr>]) -> String {
+    arguments
+        .iter()
+        .fold(program.to_owned(), |line, argument| format!("{line} {}", argument.as_ref().to_string_lossy()))
+}
+
+fn reader(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<String> {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if let Some(mut pipe) = pipe {
+            let _ = pipe.read_to_end(&mut bytes);
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
+}
+
+fn tail(text: &str) -> String {
+    let text = text.trim();
+    let mut start = text.len().saturating_sub(STDERR_KEPT);
+    while !text.is_char_boundary(start) {
+        start += 1;
+    }
+    text[start..].to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    #[test]
+    fn quotes_what_the_program_said() {
+        let error = run_ok("sh", &["-c", "echo no such group >&2; exit 5"], LIMIT).unwrap_err();
+        assert_eq!(error.to_string(), "sh failed with exit code 5: no such group");
+    }
+
+    #[test]
+    fn a_missing_program_is_named() {
+        let error = run("lvp-no-such-program", &["x"], LIMIT).unwrap_err();
+        assert!(error.chain().contains("lvp-no-such-program could not be started"), "{error:?}");
+        assert!(!error.retryable());
+    }
+
+    #[test]
+    fn a_program_that_hangs_is_killed() {
+        let begun = Instant::now();
+        let error = run("sleep", &["60"], Duration::from_millis(100)).unwrap_err();
+        assert_eq!(error.code(), ErrorCode::CommandFailed);
+        assert!(begun.elapsed() < Duration::from_secs(10));
+    }
+
+    #[test]
+    fn output_larger_than_a_pipe_is_read_whole() {
+        let finished = run_ok("seq", &["100000"], LIMIT).unwrap();
+        assert!(finished.stdout.ends_with("100000\n"));
+    }
+}

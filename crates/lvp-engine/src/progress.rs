@@ -1,0 +1,231 @@
+//! How far a job is, and whether it shall stop: one handle shared by the job's task, its worker threads and its watchers.
+//!
+//! Workers call [`Progress::advance`] (one atomic addition) and [`Progress::check`]; watchers call
+//! [`Progress::snapshot`], which does all the arithmetic. It leaves out storing and sending.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU8, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use lvp_api::{ErrorCode, Stage};
+use tokio_util::sync::CancellationToken;
+
+use crate::error::{Error, Result};
+
+/// The rate is measured over this long.
+const RATE_WINDOW: Duration = Duration::from_secs(5);
+/// Two samples of the rate are at least this far apart.
+const SAMPLE_DISTANCE: Duration = Duration::from_millis(200);
+
+/// Why a job is told to stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// Its user cancelled it: undo.
+    Cancel,
+    /// The daemon stops: leave everything as recorded, to be resumed.
+    Shutdown,
+}
+
+/// A shared handle; clones are the same progress.
+#[derive(Clone, Default)]
+pub struct Progress {
+    inner: Arc<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    processed: AtomicU64,
+    total: AtomicU64,
+    percent: AtomicU8,
+    stage: Mutex<StageClock>,
+    stop: Mutex<Option<Stop>>,
+    token: CancellationToken,
+}
+
+struct StageClock {
+    stage: Stage,
+    samples: VecDeque<(Instant, u64)>,
+}
+
+impl Default for StageClock {
+    fn default() -> Self {
+        Self { stage: Stage::Queued, samples: VecDeque::new() }
+    }
+}
+
+/// A poisoned lock holds numbers that are still numbers.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The part of the whole that a stage has, in percent: from, to. By experience, not by promise: a download and a
+/// populate take most of the time.
+fn share(stage: Stage) -> (u8, u8) {
+    match stage {
+        Stage::Queued => (0, 0),
+        Stage::Downloading => (0, 50),
+        Stage::Verifying => (50, 60),
+        Stage::CreatingVolume => (60, 62),
+        Stage::Populating => (62, 97),
+        Stage::Finalizing => (97, 99),
+    }
+}
+
+impl Progress {
+    /// Begins a stage of `total` bytes (0: not known).
+    pub fn enter(&self, stage: Stage, total: u64) {
+        let mut clock = locked(&self.inner.stage);
+        clock.stage = stage;
+        clock.samples.clear();
+        self.inner.processed.store(0, Ordering::Relaxed);
+        self.inner.total.store(total, Ordering::Relaxed);
+    }
+
+    /// Says how many bytes the stage has, once known.
+    pub fn set_total(&self, total: u64) {
+        self.inner.total.store(total, Ordering::Relaxed);
+    }
+
+    /// Counts bytes done.
+    pub fn advance(&self, bytes: u64) {
+        self.inner.processed.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Sets the bytes done, for a stage that starts in the middle or again.
+    pub fn set_processed(&self, bytes: u64) {
+        self.inner.processed.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Tells the job to stop. The first reason stays, but a user's cancel outranks a shutdown.
+    pub fn stop(&self, reason: Stop) {
+        let mut stop = locked(&self.inner.stop);
+        if stop.is_none() || reason == Stop::Cancel {
+            *stop = Some(reason);
+        }
+        self.inner.token.cancel();
+    }
+
+    /// Why the job shall stop, if it shall.
+    pub fn stop_reason(&self) -> Option<Stop> {
+        *locked(&self.inner.stop)
+    }
+
+    /// An error when the job shall stop; to be asked at least every few MiB.
+    pub fn check(&self) -> Result<()> {
+        if !self.inner.token.is_cancelled() {
+            return Ok(());
+        }
+        Err(match self.stop_reason() {
+            Some(Stop::Shutdown) => {
+                Error::new(ErrorCode::ShuttingDown, "the daemon is stopping; the job will be resumed")
+            }
+            _ => Error::new(ErrorCode::Cancelled, "the job was cancelled"),
+        })
+    }
+
+    /// Waits until the job shall stop.
+    pub async fn stopped(&self) {
+        self.inner.token.cancelled().await;
+    }
+
+    /// Runs a future, but no longer than until the job shall stop.
+    pub async fn until_stopped<T>(&self, future: impl Future<Output = T>) -> Result<T> {
+        tokio::select! {
+            biased;
+            () = self.stopped() => Err(self.check().expect_err("stopped")),
+            value = future => Ok(value),
+        }
+    }
+
+    /// The numbers now.
+    pub fn snapshot(&self) -> lvp_api::Progress {
+        let mut clock = locked(&self.inner.stage);
+        let total = self.inner.total.load(Ordering::Relaxed);
+        let mut processed = self.inner.processed.load(Ordering::Relaxed);
+        if total > 0 {
+            processed = processed.min(total);
+        }
+        let (from, to) = share(clock.stage);
+        let done = if total == 0 { 0.0 } else { processed as f64 / total as f64 };
+        let percent = from + (f64::from(to - from) * done) as u8;
+        let percent = self.inner.percent.fetch_max(percent, Ordering::Relaxed).max(percent);
+        let bytes_per_second = clock.rate(Instant::now(), processed);
+        let seconds_left =
+            bytes_per_second.filter(|rate| *rate > 0 && total > 0).map(|rate| (total - processed).div_ceil(rate));
+        lvp_api::Progress {
+            stage: clock.stage,
+            percent,
+            bytes_processed: processed,
+            bytes_total: total,
+            bytes_per_second,
+            seconds_left,
+        }
+    }
+}
+
+impl StageClock {
+    /// Takes a sample and gives the mean rate over the window.
+    fn rate(&mut self, now: Instant, processed: u64) -> Option<u64> {
+        if self.samples.back().is_none_or(|(last, _)| now.duration_since(*last) >= SAMPLE_DISTANCE) {
+            self.samples.push_back((now, processed));
+        }
+        while self.samples.len() > 2
+            && self.samples.front().is_some_and(|(first, _)| now.duration_since(*first) > RATE_WINDOW)
+        {
+            self.samples.pop_front();
+        }
+        let (first, from) = *self.samples.front()?;
+        let seconds = now.duration_since(first).as_secs_f64();
+        (seconds >= SAMPLE_DISTANCE.as_secs_f64() && processed > from)
+            .then(|| ((processed - from) as f64 / seconds) as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_percentage_never_goes_back() {
+        let progress = Progress::default();
+        let mut last = 0;
+        progress.enter(Stage::Downloading, 100);
+        for step in [50, 50] {
+            progress.advance(step);
+            let percent = progress.snapshot().percent;
+            assert!(percent >= last);
+            last = percent;
+        }
+        assert_eq!(last, 50);
+        // A download that starts again from the beginning.
+        progress.enter(Stage::Downloading, 100);
+        assert_eq!(progress.snapshot().percent, 50);
+        progress.enter(Stage::Finalizing, 0);
+        assert_eq!(progress.snapshot().percent, 97);
+    }
+
+    #[test]
+    fn a_stop_is_an_error_with_its_reason() {
+        let progress = Progress::default();
+        assert!(progress.check().is_ok());
+        progress.stop(Stop::Shutdown);
+        assert_eq!(progress.check().unwrap_err().code(), ErrorCode::ShuttingDown);
+        progress.stop(Stop::Cancel);
+        progress.stop(Stop::Shutdown);
+        assert_eq!(progress.check().unwrap_err().code(), ErrorCode::Cancelled);
+    }
+
+    #[test]
+    fn the_rate_is_a_mean_over_the_window() {
+        let mut clock = StageClock::default();
+        let start = Instant::now();
+        assert_eq!(clock.rate(start, 0), None);
+        assert_eq!(clock.rate(start + Duration::from_secs(1), 1000), Some(1000));
+        assert_eq!(clock.rate(start + Duration::from_secs(2), 4000), Some(2000));
+    }
+}
