@@ -10,12 +10,17 @@
 mod conformance;
 mod directory;
 mod lvm;
+mod targets;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use lvp_api::{Digest, JobId, TargetSpec, VolumeName};
 
-pub use self::{directory::Directory, lvm::Lvm};
+pub use self::{
+    directory::Directory,
+    lvm::Lvm,
+    targets::{DEFAULT, Target, Targets},
+};
 use crate::{
     error::{Error, Result},
     host::block::BlockTarget,
