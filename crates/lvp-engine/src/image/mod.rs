@@ -1,1 +1,44 @@
-//! stub
+//! Images: where they come from, what promises their bytes, and the content-addressed cache that keeps them.
+//!
+//! ```text
+//!   images      Images: resolve, fetch, publish, verify, list, pin, delete
+//!   ├─ location   image URLs                     ├─ directory   names, lock, rename
+//!   ├─ checksum   `<url>.sha256`                 ├─ sidecar     what is remembered per image
+//!   ├─ source     look, ranges, streams          ├─ index       lookups, admission, eviction
+//!   │  ├─ web, file   one attempt                ├─ entry       an image in use
+//!   │  ├─ http, sign  one request                ├─ flight      one download per image
+//!   │  └─ retry       when again                 └─ download    bytes to a partial file, hashed
+//!   └─ reader     random access before the fetch
+//! ```
+//! It leaves out what is in an image: who asks for one reads its format between [`Images::fetch`] and
+//! [`Unpublished::publish`], so that nothing unread is published.
+
+mod checksum;
+mod directory;
+mod download;
+mod entry;
+mod escape;
+mod file;
+mod flight;
+mod hasher;
+mod http;
+mod images;
+mod index;
+mod location;
+mod reader;
+mod retry;
+mod settings;
+mod sidecar;
+mod sign;
+mod source;
+#[cfg(test)]
+mod tests;
+mod web;
+
+pub use entry::Entry;
+pub use images::{Fetch, ImageSettings, Images, Resolved, Unpublished, Wanted};
+pub use index::Usage;
+pub use location::ImageUrl;
+pub use reader::Reader;
+pub use settings::{Credentials, Secret, SourceSettings, parse_endpoint};
+pub use source::SourceInfo;

@@ -1,0 +1,309 @@
+//! The cache's directory: names, lock, what was there at start, and how a file appears in it or goes.
+//!
+//! ```text
+//!  DIR/                              may be libvirt's `images` pool: other people's files lie here too
+//!    debian-0123456789abcdef.qcow2   an image, if and only if it has a sidecar
+//!    .lvp/
+//!      lock                          held while the cache is open; holds the owner's process id
+//!      <image name>.json             sidecar
+//!      <key>.partial                 a download under way
+//!      <image name>.corrupt          an image that lost its digest; removed at the next start
+//! ```
+//! A file without a sidecar is not ours and never touched. A file whose size is not its sidecar's was changed by someone
+//! else: the sidecar goes, the file stays, and is not ours from then on. It leaves out what is evicted when: see `index`.
+//! Everything here blocks.
+
+use std::{
+    fs::{DirBuilder, File, OpenOptions},
+    io::{self, Read, Write},
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+};
+
+use lvp_api::{Digest, ErrorCode, ImageFormat};
+use rustix::fs::{CWD, FlockOperation, RenameFlags};
+
+use super::sidecar::Sidecar;
+use crate::error::{Error, Result};
+
+/// The directory for everything that is not an image.
+const PRIVATE: &str = ".lvp";
+/// Longest stem of an image's name, in bytes: with digest, format and `.json` it stays far below 255.
+const LONGEST_STEM: usize = 80;
+/// Digits of the digest in a name.
+const SHORT_DIGEST: usize = 16;
+
+/// The opened and locked directory.
+pub(super) struct Directory {
+    path: PathBuf,
+    private: PathBuf,
+    /// Keeps the lock.
+    _lock: File,
+}
+
+impl Directory {
+    /// Opens the directory, makes what is missing, and takes its lock.
+    ///
+    /// # Errors
+    /// `state_locked` naming the process that holds the lock, or `input_output`.
+    pub fn open(path: &Path) -> Result<Self> {
+        let private = path.join(PRIVATE);
+        std::fs::create_dir_all(path).map_err(|error| Error::io("creating", path, error))?;
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&private)
+            .map_err(|error| Error::io("creating", &private, error))?;
+        let lock = lock(path, &private.join("lock"))?;
+        Ok(Self { path: path.to_owned(), private, _lock: lock })
+    }
+
+    /// The directory itself.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the download of a key goes.
+    pub fn partial(&self, key: &str) -> PathBuf {
+        self.private.join(format!("{key}.partial"))
+    }
+
+    fn sidecar(&self, name: &str) -> PathBuf {
+        self.private.join(format!("{name}.json"))
+    }
+
+    /// Removes what an interrupted run left, and gives the images that are there with their sidecars.
+    pub fn scan(&self) -> Result<Vec<(String, Sidecar)>> {
+        let mut found = Vec::new();
+        let listing = std::fs::read_dir(&self.private).map_err(|error| Error::io("reading", &self.private, error))?;
+        for item in listing {
+            let item = item.map_err(|error| Error::io("reading", &self.private, error))?;
+            let Ok(file_name) = item.file_name().into_string() else { continue };
+            if [".partial", ".corrupt", ".json.new"].iter().any(|ending| file_name.ends_with(ending)) {
+                tracing::info!(file = %item.path().display(), "removing what an earlier run left");
+                std::fs::remove_file(item.path()).map_err(|error| Error::io("removing", &item.path(), error))?;
+            } else if let Some(name) = file_name.strip_suffix(".json")
+                && let Some(sidecar) = self.check(name, &item.path())?
+            {
+                found.push((name.to_owned(), sidecar));
+            }
+        }
+        Ok(found)
+    }
+
+    /// The sidecar of an image, if the two still belong together.
+    fn check(&self, name: &str, sidecar_path: &Path) -> Result<Option<Sidecar>> {
+        let sidecar = match Sidecar::read(sidecar_path) {
+            Ok(sidecar) => sidecar,
+            Err(error) => {
+                tracing::warn!(
+                    file = %sidecar_path.display(), %error,
+                    "what is remembered about a cached image cannot be read; the image is left alone and not used"
+                );
+                return Ok(None);
+            }
+        };
+        let image = self.path.join(name);
+        let size = match image.symlink_metadata() {
+            Ok(metadata) if metadata.is_file() => Some(metadata.len()),
+            Ok(_) => None,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                tracing::info!(image = name, "a cached image was removed by someone else; forgetting it");
+                return self.forget(name).map(|()| None);
+            }
+            Err(error) => return Err(Error::io("reading", &image, error)),
+        };
+        if size == Some(sidecar.size) {
+            return Ok(Some(sidecar));
+        }
+        tracing::warn!(
+            image = name, expected = sidecar.size, actual = ?size,
+            "a cached image was changed by someone else; its file is left alone and not used any more"
+        );
+        self.forget(name).map(|()| None)
+    }
+
+    /// Removes a sidecar.
+    fn forget(&self, name: &str) -> Result<()> {
+        let path = self.sidecar(name);
+        std::fs::remove_file(&path).map_err(|error| Error::io("removing", &path, error))
+    }
+
+    /// Writes a sidecar.
+    pub fn remember(&self, name: &str, sidecar: &Sidecar) -> Result<()> {
+        let path = self.sidecar(name);
+        sidecar.write(&path).map_err(|error| Error::io("writing", &path, error))
+    }
+
+    /// Makes a complete download an image, under the first name that is free; gives that name. Never replaces a file.
+    ///
+    /// # Errors
+    /// `file_in_the_way` when somebody else's files have every name that it could have.
+    pub fn publish(&self, partial: &Path, file_name: &str, sidecar: &Sidecar) -> Result<String> {
+        let candidates = names(file_name, &sidecar.sha256, sidecar.format);
+        for name in &candidates {
+            let image = self.path.join(name);
+            // Looked at before the sidecar is written: a sidecar beside a stranger's file would make it ours.
+            if image.symlink_metadata().is_ok() {
+                tracing::warn!(file = %image.display(), "a file that lvp did not make has the name of a cached image");
+                continue;
+            }
+            self.remember(name, sidecar)?;
+            match rename_new(partial, &image) {
+                Ok(()) => {
+                    self.sync()?;
+                    return Ok(name.clone());
+                }
+                Err(error) => {
+                    self.forget(name)?;
+                    if error.kind() != io::ErrorKind::AlreadyExists {
+                        return Err(Error::io("renaming a download to", &image, error));
+                    }
+                }
+            }
+        }
+        Err(Error::new(
+            ErrorCode::FileInTheWay,
+            format!("files that lvp did not make have the names {} in {}", candidates.join(" and "), self.path.display()),
+        )
+        .hint("move these files to another directory"))
+    }
+
+    fn sync(&self) -> Result<()> {
+        for path in [&self.path, &self.private] {
+            File::open(path)
+                .and_then(|directory| directory.sync_all())
+                .map_err(|error| Error::io("syncing", path, error))?;
+        }
+        Ok(())
+    }
+
+    /// Removes an image. The file first: a sidecar without a file is forgotten at the next start, but a file without a
+    /// sidecar would stay for ever.
+    pub fn remove(&self, name: &str) -> Result<()> {
+        let image = self.path.join(name);
+        match std::fs::remove_file(&image) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("removing", &image, error)),
+            _ => self.forget(name),
+        }
+    }
+
+    /// Takes an image whose bytes are wrong out of use. It can be looked at until the next start.
+    pub fn quarantine(&self, name: &str) -> Result<PathBuf> {
+        let (image, aside) = (self.path.join(name), self.private.join(format!("{name}.corrupt")));
+        match std::fs::rename(&image, &aside) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("setting aside", &image, error)),
+            _ => self.forget(name).map(|()| aside),
+        }
+    }
+
+    /// What the file system has free for us, in bytes.
+    pub fn free(&self) -> Result<u64> {
+        let facts = rustix::fs::statvfs(&self.path)
+            .map_err(|error| Error::io("asking for the free space of", &self.path, error.into()))?;
+        Ok(facts.f_bavail.saturating_mul(facts.f_frsize))
+    }
+
+    /// Writes and removes a small file, to see whether that works.
+    pub fn probe(&self) -> Result<()> {
+        let path = self.private.join("probe.partial");
+        std::fs::write(&path, b"lvp")
+            .and_then(|()| std::fs::remove_file(&path))
+            .map_err(|error| Error::io("writing to", &self.private, error))
+    }
+}
+
+fn lock(directory: &Path, path: &Path) -> Result<File> {
+    let failed = |error| Error::io("locking", path, error);
+    let mut file =
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(failed)?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {
+            file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(failed)?;
+            Ok(file)
+        }
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let mut owner = String::new();
+            let _ = file.read_to_string(&mut owner);
+            Err(Error::new(
+                ErrorCode::StateLocked,
+                format!("the image cache {} is in use by process {}", directory.display(), owner.trim()),
+            )
+            .hint("one lvp process owns a cache: use the running daemon, or another cache directory"))
+        }
+        Err(error) => Err(failed(error.into())),
+    }
+}
+
+/// Renames without replacing.
+fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // File systems without that flag (NFS) have links, which replace nothing either.
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
+            std::fs::hard_link(from, to)?;
+            std::fs::remove_file(from)
+        }
+        other => Ok(other?),
+    }
+}
+
+/// The names that an image may have, in order of preference.
+pub(super) fn names(file_name: &str, sha256: &Digest, format: ImageFormat) -> [String; 2] {
+    let stem = stem(file_name);
+    [&sha256.hex()[..SHORT_DIGEST], sha256.hex()].map(|digest| format!("{stem}-{digest}.{}", format.name()))
+}
+
+/// The readable part of a name: letters, digits and `+ _ . -`, not hidden, not an option.
+fn stem(file_name: &str) -> String {
+    let bare = [".qcow2", ".raw", ".img"].iter().find_map(|ending| file_name.strip_suffix(ending));
+    let safe: String = bare
+        .unwrap_or(file_name)
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() || "+_.-".contains(c) { c } else { '_' })
+        .take(LONGEST_STEM)
+        .collect();
+    let trimmed = safe.trim_start_matches(['.', '-']);
+    if trimmed.is_empty() { "image".to_owned() } else { trimmed.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_readable_and_safe() {
+        for (file_name, expected) in [
+            ("debian-12.qcow2", "debian-12"),
+            ("disk.img", "disk"),
+            ("../../etc/passwd", "_.._etc_passwd"),
+            (".hidden.raw", "hidden"),
+            ("-rf", "rf"),
+            ("", "image"),
+            ("ü b.qcow2", "__b"),
+        ] {
+            assert_eq!(stem(file_name), expected);
+        }
+        assert_eq!(stem(&"x".repeat(300)).len(), LONGEST_STEM);
+    }
+
+    #[test]
+    fn one_process_owns_a_cache() {
+        let root = tempfile::tempdir().unwrap();
+        let first = Directory::open(root.path()).unwrap();
+        let error = Directory::open(root.path()).err().unwrap();
+        assert_eq!(error.code(), ErrorCode::StateLocked);
+        assert!(error.to_string().contains(&std::process::id().to_string()), "{error:?}");
+        drop(first);
+        assert!(Directory::open(root.path()).is_ok());
+    }
+
+    #[test]
+    fn a_rename_never_replaces() {
+        let root = tempfile::tempdir().unwrap();
+        let (from, to) = (root.path().join("a"), root.path().join("b"));
+        std::fs::write(&from, "a").unwrap();
+        std::fs::write(&to, "b").unwrap();
+        assert_eq!(rename_new(&from, &to).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(std::fs::read(&to).unwrap(), b"b");
+    }
+}

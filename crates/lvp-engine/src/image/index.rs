@@ -1,0 +1,361 @@
+//! Which images are in the cache, who may go, and who may come: lookups, admission, eviction.
+//!
+//! ```text
+//!   reserve ──► (evict the least recently used idle images) ──► Reservation ──► publish: it becomes an image
+//!                                                                    └────────► dropped: the space is free again
+//! ```
+//! Two downloads never count on the same space: what is reserved counts as used, and what of it is not written yet counts
+//! as gone from the file system. It leaves out sources and downloads. Everything here blocks (file system, locks).
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use jiff::Timestamp;
+use lvp_api::{ByteSize, Digest, DigestAlgorithm, ErrorCode, Image};
+
+use super::{
+    directory::Directory,
+    entry::{Entry, Record},
+    sidecar::{Sidecar, SourceRecord},
+    source::SourceInfo,
+};
+use crate::error::{Error, Result};
+
+/// The fewest digits of a digest that name an image.
+const SHORTEST_PREFIX: usize = 12;
+
+/// The images of one directory.
+pub(super) struct Index {
+    directory: Directory,
+    max_bytes: Option<u64>,
+    state: Mutex<State>,
+    /// One image appears at a time, so that two downloads of the same bytes become one image.
+    publishing: Mutex<()>,
+}
+
+#[derive(Default)]
+struct State {
+    records: BTreeMap<String, Arc<Record>>,
+    reservations: HashMap<u64, Space>,
+    next_reservation: u64,
+}
+
+/// What a download has reserved, in bytes.
+#[derive(Default, Clone, Copy)]
+struct Space {
+    reserved: u64,
+    written: u64,
+}
+
+/// What the cache holds, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    /// Images.
+    pub images: usize,
+    /// The size of all images.
+    pub used_bytes: u64,
+    /// What downloads under way have reserved.
+    pub reserved_bytes: u64,
+    /// What the file system has free.
+    pub free_bytes: u64,
+    /// The limit, if there is one.
+    pub max_bytes: Option<u64>,
+}
+
+impl Index {
+    /// Opens a directory and finds what is in it.
+    pub fn open(path: &Path, max_bytes: Option<u64>) -> Result<Self> {
+        let directory = Directory::open(path)?;
+        let mut state = State::default();
+        for (name, sidecar) in directory.scan()? {
+            state.records.insert(name.clone(), Record::new(path, name, sidecar));
+        }
+        Ok(Self { directory, max_bytes, state: Mutex::new(state), publishing: Mutex::new(()) })
+    }
+
+    pub fn directory(&self) -> &Directory {
+        &self.directory
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The image of this digest.
+    pub fn by_digest(&self, digest: &Digest) -> Option<Entry> {
+        self.latest(|sidecar| match digest.algorithm() {
+            DigestAlgorithm::Sha256 => (sidecar.sha256 == *digest).then_some(sidecar.fetched_at),
+            DigestAlgorithm::Sha512 => (sidecar.sha512.as_ref() == Some(digest)).then_some(sidecar.fetched_at),
+        })
+    }
+
+    /// The image that this place had when it said of itself what it says now.
+    pub fn by_source(&self, identity: &str, now: &SourceInfo) -> Option<Entry> {
+        self.latest(|sidecar| sidecar.source(identity).filter(|seen| seen.is_same(now)).map(|seen| seen.seen_at))
+    }
+
+    /// The image that this place had last, whatever it has now.
+    pub fn last_of_source(&self, identity: &str) -> Option<Entry> {
+        self.latest(|sidecar| sidecar.source(identity).map(|seen| seen.seen_at))
+    }
+
+    /// The image for which `time` gives the latest.
+    fn latest(&self, time: impl Fn(&Sidecar) -> Option<Timestamp>) -> Option<Entry> {
+        let mut state = self.state();
+        let mut found: Vec<_> =
+            state.records.values().filter_map(|record| Some((time(&record.sidecar())?, record.clone()))).collect();
+        found.sort_by_key(|(time, _)| *time);
+        while let Some((_, record)) = found.pop() {
+            if is_there(&record) {
+                return Some(Entry { record });
+            }
+            tracing::warn!(image = record.name, "a cached image was removed or changed by someone else; forgetting it");
+            state.records.remove(&record.name);
+        }
+        None
+    }
+
+    /// The image of this name, or of the digest that begins so (`sha256:` may stand before it).
+    ///
+    /// # Errors
+    /// `image_not_found`, also when several digests begin so.
+    pub fn find(&self, text: &str) -> Result<Entry> {
+        let state = self.state();
+        if let Some(record) = state.records.get(text) {
+            return Ok(Entry { record: record.clone() });
+        }
+        let prefix = text.strip_prefix("sha256:").unwrap_or(text).to_ascii_lowercase();
+        let refused = |why: &str| {
+            Error::new(ErrorCode::ImageNotFound, format!("{why} '{}'", text.escape_debug()))
+                .hint("name an image of the cache's list, or 12 or more digits of its SHA-256")
+        };
+        if prefix.len() < SHORTEST_PREFIX {
+            return Err(refused("no cached image has the name"));
+        }
+        let mut found = state.records.values().filter(|record| record.sidecar().sha256.hex().starts_with(&prefix));
+        match (found.next(), found.next()) {
+            (Some(record), None) => Ok(Entry { record: record.clone() }),
+            (Some(_), Some(_)) => Err(refused("more than one cached image has a digest that begins with")),
+            _ => Err(refused("no cached image has the name or digest")),
+        }
+    }
+
+    /// All images, by name.
+    pub fn list(&self) -> Vec<Image> {
+        self.state().records.values().map(|record| record.view(in_use(record))).collect()
+    }
+
+    /// What the cache holds.
+    pub fn usage(&self) -> Result<Usage> {
+        let free_bytes = self.directory.free()?;
+        let state = self.state();
+        Ok(Usage {
+            images: state.records.len(),
+            used_bytes: state.used(),
+            reserved_bytes: state.reservations.values().map(|space| space.reserved).sum(),
+            free_bytes,
+            max_bytes: self.max_bytes,
+        })
+    }
+
+    /// Changes what is remembered about an image, on disk too.
+    pub fn update(&self, entry: &Entry, change: impl FnOnce(&mut Sidecar)) -> Result<()> {
+        let mut sidecar = entry.record.sidecar();
+        change(&mut sidecar);
+        self.directory.remember(entry.name(), &sidecar)
+    }
+
+    /// Removes an image that is neither pinned nor in use.
+    pub fn delete(&self, text: &str) -> Result<()> {
+        let name = self.find(text)?.name().to_owned();
+        let mut state = self.state();
+        let Some(record) = state.records.get(&name) else { return Ok(()) };
+        if record.sidecar().pinned {
+            return Err(Error::new(ErrorCode::ImagePinned, format!("the cached image {name} is pinned"))
+                .hint("unpin it first"));
+        }
+        if in_use(record) {
+            return Err(Error::new(ErrorCode::ImageInUse, format!("a running job uses the cached image {name}"))
+                .hint("wait for the job to end, or cancel it"));
+        }
+        self.directory.remove(&name)?;
+        state.records.remove(&name);
+        Ok(())
+    }
+
+    /// Takes an image whose bytes are wrong out of the cache, in use or not.
+    pub fn quarantine(&self, entry: &Entry) -> Result<()> {
+        let mut state = self.state();
+        let listed = state.records.get(entry.name());
+        if !listed.is_some_and(|record| Arc::ptr_eq(record, &entry.record)) {
+            return Ok(());
+        }
+        let aside = self.directory.quarantine(entry.name())?;
+        state.records.remove(entry.name());
+        tracing::error!(
+            image = entry.name(), file = %aside.display(),
+            "a cached image does not have its digest any more and was taken out of use"
+        );
+        Ok(())
+    }
+
+    /// Makes an image of a complete download, or finds the one that has the same bytes already.
+    pub fn publish(
+        &self,
+        partial: &Path,
+        file_name: &str,
+        sidecar: Sidecar,
+        seen: SourceRecord,
+        reservation: &Reservation,
+    ) -> Result<Entry> {
+        let _one_at_a_time = self.publishing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(entry) = self.by_digest(&sidecar.sha256) {
+            self.update(&entry, |known| {
+                known.verified |= sidecar.verified;
+                known.sha512 = known.sha512.take().or(sidecar.sha512);
+                known.last_used_at = Timestamp::now();
+                known.see(seen);
+            })?;
+            return Ok(entry);
+        }
+        let mut sidecar = sidecar;
+        sidecar.see(seen);
+        let name = self.directory.publish(partial, file_name, &sidecar)?;
+        let record = Record::new(self.directory.path(), name.clone(), sidecar);
+        let entry = Entry { record: record.clone() };
+        let mut state = self.state();
+        state.reservations.remove(&reservation.id);
+        state.records.insert(name, record);
+        Ok(entry)
+    }
+
+    /// Reserves space for a download; says also how many images had to go.
+    ///
+    /// # Errors
+    /// `cache_full` with the figures, and then nothing was evicted.
+    pub fn reserve(self: &Arc<Self>, bytes: u64) -> Result<(Reservation, usize)> {
+        let mut state = self.state();
+        let evicted = self.make_room(&mut state, bytes)?;
+        let id = state.next_reservation;
+        state.next_reservation += 1;
+        state.reservations.insert(id, Space { reserved: bytes, written: 0 });
+        drop(state);
+        Ok((Reservation { index: self.clone(), id }, evicted))
+    }
+
+    /// Evicts until `more` bytes fit the limit and the file system.
+    fn make_room(&self, state: &mut State, more: u64) -> Result<usize> {
+        let mut idle: Vec<_> = state
+            .records
+            .values()
+            .filter(|record| !in_use(record) && !record.sidecar().pinned)
+            .map(|record| (record.sidecar().last_used_at, record.sidecar().size, record.name.clone()))
+            .collect();
+        idle.sort();
+        let evictable: u64 = idle.iter().map(|(_, size, _)| size).sum();
+        let mut lack = self.lack(state, more)?;
+        if lack > evictable {
+            return Err(self.full(state, more, evictable)?);
+        }
+        let mut evicted = 0;
+        let mut oldest_first = idle.into_iter();
+        while lack > 0 {
+            let Some((last_used_at, size, name)) = oldest_first.next() else {
+                return Err(self.full(state, more, 0)?);
+            };
+            self.directory.remove(&name)?;
+            state.records.remove(&name);
+            evicted += 1;
+            tracing::info!(image = name, size, %last_used_at, "evicted a cached image to make room");
+            lack = self.lack(state, more)?;
+        }
+        Ok(evicted)
+    }
+
+    /// How many bytes are missing for `more`.
+    fn lack(&self, state: &State, more: u64) -> Result<u64> {
+        let reserved: u64 = state.reservations.values().map(|space| space.reserved).sum();
+        let promised: u64 =
+            state.reservations.values().map(|space| space.reserved.saturating_sub(space.written)).sum();
+        let over_limit = self.max_bytes.map_or(0, |limit| (state.used() + reserved + more).saturating_sub(limit));
+        Ok(over_limit.max((promised + more).saturating_sub(self.directory.free()?)))
+    }
+
+    fn full(&self, state: &State, more: u64, evictable: u64) -> Result<Error> {
+        let free = self.directory.free()?;
+        let reserved: u64 = state.reservations.values().map(|space| space.reserved).sum();
+        let limit = self.max_bytes.map_or_else(|| "no limit".to_owned(), |limit| format!("limit {}", ByteSize(limit)));
+        let error = Error::new(
+            ErrorCode::CacheFull,
+            format!(
+                "the image cache {} has no room for {}: {limit}, {} in images, {} reserved by other downloads, {} could \
+                 be evicted, {} free on the file system",
+                self.directory.path().display(),
+                ByteSize(more),
+                ByteSize(state.used()),
+                ByteSize(reserved),
+                ByteSize(evictable),
+                ByteSize(free),
+            ),
+        )
+        .detail("wanted_bytes", more)
+        .detail("used_bytes", state.used())
+        .detail("reserved_bytes", reserved)
+        .detail("free_bytes", free)
+        .hint("unpin or delete images, raise LVP_CACHE_MAX_BYTES, or move the cache to a larger file system");
+        let never_fits = self.max_bytes.is_some_and(|limit| more > limit);
+        Ok(if never_fits { error.retry(false) } else { error })
+    }
+}
+
+impl State {
+    fn used(&self) -> u64 {
+        self.records.values().map(|record| record.sidecar().size).sum()
+    }
+}
+
+/// Whether an entry lives. Under the lock, "no" stays true.
+fn in_use(record: &Arc<Record>) -> bool {
+    Arc::strong_count(record) > 1
+}
+
+/// Whether the file still lies where the cache put it.
+fn is_there(record: &Record) -> bool {
+    let size = record.sidecar().size;
+    record.path.symlink_metadata().is_ok_and(|metadata| metadata.is_file() && metadata.len() == size)
+}
+
+/// Space for one download, given back when dropped.
+pub(super) struct Reservation {
+    index: Arc<Index>,
+    id: u64,
+}
+
+impl Reservation {
+    /// Makes sure that `size` bytes are reserved in all. Says how many images had to go.
+    pub fn ensure(&self, size: u64) -> Result<usize> {
+        let mut state = self.index.state();
+        let reserved = state.reservations.get(&self.id).map_or(0, |space| space.reserved);
+        let evicted = self.index.make_room(&mut state, size.saturating_sub(reserved))?;
+        if let Some(space) = state.reservations.get_mut(&self.id) {
+            space.reserved = reserved.max(size);
+        }
+        Ok(evicted)
+    }
+
+    /// Notes how much of it lies on the file system already.
+    pub fn set_written(&self, bytes: u64) {
+        if let Some(space) = self.index.state().reservations.get_mut(&self.id) {
+            space.written = bytes;
+        }
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.index.state().reservations.remove(&self.id);
+    }
+}

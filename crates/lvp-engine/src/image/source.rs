@@ -1,0 +1,274 @@
+//! Where an image comes from: what is there now, ranges of it, and its bytes as a stream.
+//!
+//! [`Source::look`], [`Source::read_range`] and [`Source::read_small`] repeat themselves after failures that can pass;
+//! [`Source::open`] is one attempt, since only the reader of a stream knows how much of it need not come again.
+//! It leaves out the single request (`web`, `file`) and hashing (`download`).
+
+use std::{fs::File, os::unix::fs::FileExt, path::PathBuf, sync::Arc};
+
+use bytes::{Bytes, BytesMut};
+use lvp_api::ErrorCode;
+use reqwest::Client;
+use tokio::io::{AsyncReadExt, AsyncSeekExt};
+
+use super::{
+    file, http,
+    location::{ImageUrl, Location},
+    retry::{Failure, Retries},
+    settings::SourceSettings,
+    web::{Answer, Web},
+};
+use crate::{
+    error::{Error, Result},
+    progress::Progress,
+};
+
+/// How much is read from a local file at once, in bytes.
+const FILE_CHUNK: usize = 256 << 10;
+/// A server without ranges sends everything before an offset again. This much of it is worth throwing away.
+const SKIPPED_AT_MOST: u64 = 8 << 20;
+
+/// What a source says about an image now.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct SourceInfo {
+    /// The size in bytes, if it is said.
+    pub size: Option<u64>,
+    /// The ETag as it was sent, with its quotes.
+    pub etag: Option<String>,
+    /// `Last-Modified` as it was sent.
+    pub last_modified: Option<String>,
+    /// Whether a part can be asked for.
+    pub accepts_ranges: bool,
+}
+
+impl SourceInfo {
+    /// The ETag when it stands for the very same bytes (RFC 9110, section 8.8.1).
+    pub(super) fn strong_etag(&self) -> Option<&str> {
+        self.etag.as_deref().filter(|etag| !etag.starts_with("W/"))
+    }
+}
+
+/// What all sources share: one client, one set of settings.
+#[derive(Clone)]
+pub(super) struct Sources {
+    client: Client,
+    settings: Arc<SourceSettings>,
+}
+
+impl Sources {
+    /// Sets up the client.
+    pub fn new(settings: SourceSettings) -> Result<Self> {
+        Ok(Self { client: http::client(&settings)?, settings: Arc::new(settings) })
+    }
+
+    /// The source of one image.
+    pub fn source(&self, url: &ImageUrl) -> Source {
+        Source { sources: self.clone(), url: url.clone() }
+    }
+}
+
+/// The source of one image. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Source {
+    sources: Sources,
+    url: ImageUrl,
+}
+
+impl Source {
+    /// The settings, for retries.
+    pub fn settings(&self) -> &SourceSettings {
+        &self.sources.settings
+    }
+
+    /// The URL.
+    pub fn url(&self) -> &ImageUrl {
+        &self.url
+    }
+
+    fn web(&self) -> Web<'_> {
+        Web { client: &self.sources.client, settings: &self.sources.settings, url: &self.url }
+    }
+
+    fn path(&self) -> Option<PathBuf> {
+        match self.url.location() {
+            Location::File(path) => Some(path.clone()),
+            _ => None,
+        }
+    }
+
+    /// What is there now.
+    pub async fn look(&self, progress: &Progress) -> Result<SourceInfo> {
+        if let Some(path) = self.path() {
+            return blocking(move || file::look(&path)).await;
+        }
+        self.repeat(progress, async || self.web().look().await).await
+    }
+
+    /// The `length` bytes from `offset` on, of the content that `info` describes.
+    ///
+    /// # Errors
+    /// Also when there are fewer.
+    pub async fn read_range(
+        &self,
+        info: &SourceInfo,
+        offset: u64,
+        length: usize,
+        progress: &Progress,
+    ) -> Result<Bytes> {
+        if let Some(path) = self.path() {
+            let info = info.clone();
+            return blocking(move || {
+                let mut buffer = BytesMut::zeroed(length);
+                let opened: File = file::open(&path, &info)?;
+                opened.read_exact_at(&mut buffer, offset).map_err(|error| file::failed(&path, error))?;
+                Ok(buffer.freeze())
+            })
+            .await;
+        }
+        self.repeat(progress, async || self.range_once(info, offset, length).await).await
+    }
+
+    async fn range_once(&self, info: &SourceInfo, offset: u64, length: usize) -> Result<Bytes, Failure> {
+        let answer = self.web().get(info, offset, Some(length as u64)).await?;
+        // A server without ranges sends the whole: what comes before is thrown away, what comes after is not read.
+        let mut skip = offset - answer.from;
+        if skip > SKIPPED_AT_MOST {
+            return Err(Failure::never(
+                Error::new(
+                    ErrorCode::SourceFailed,
+                    format!("{} does not serve parts of {}", http::host(&self.url), self.url),
+                )
+                .retry(false),
+            ));
+        }
+        let mut transfer = Transfer::web(answer, &self.url);
+        let mut bytes = BytesMut::with_capacity(length);
+        while bytes.len() < length {
+            let Some(mut chunk) = transfer.next().await? else {
+                return Err(Failure::soon(self.too_short(offset + bytes.len() as u64)));
+            };
+            let dropped = skip.min(chunk.len() as u64);
+            skip -= dropped;
+            let rest = chunk.split_off(dropped as usize);
+            bytes.extend_from_slice(&rest[..rest.len().min(length - bytes.len())]);
+        }
+        Ok(bytes.freeze())
+    }
+
+    /// The error for a body that ended before its announced size.
+    pub fn too_short(&self, at: u64) -> Error {
+        let host = http::host(&self.url);
+        Error::new(ErrorCode::SourceFailed, format!("{host} ended the transfer of {} early, at byte {at}", self.url))
+    }
+
+    /// All of a small file, `limit` bytes at most; `None` when it is definitely not there.
+    pub async fn read_small(&self, limit: usize, progress: &Progress) -> Result<Option<Small>> {
+        let read = match self.path() {
+            Some(path) => blocking(move || read_small_file(path, limit)).await,
+            None => self.repeat(progress, async || self.small_once(limit).await).await,
+        };
+        match read {
+            Err(error) if error.code() == ErrorCode::SourceNotFound => Ok(None),
+            other => other.map(Some),
+        }
+    }
+
+    async fn small_once(&self, limit: usize) -> Result<Small, Failure> {
+        let mut transfer = Transfer::web(self.web().get(&SourceInfo::default(), 0, None).await?, &self.url);
+        let mut bytes = BytesMut::new();
+        while let Some(chunk) = transfer.next().await? {
+            if bytes.len() + chunk.len() > limit {
+                return Ok(Small::TooLarge);
+            }
+            bytes.extend_from_slice(&chunk);
+        }
+        Ok(Small::Whole(bytes.freeze()))
+    }
+
+    /// Begins to read from `from` on; the answer may begin at 0 all the same. One attempt.
+    pub async fn open(&self, info: &SourceInfo, from: u64) -> Result<Transfer, Failure> {
+        let Some(path) = self.path() else {
+            return Ok(Transfer::web(self.web().get(info, from, None).await?, &self.url));
+        };
+        let (opened, shared) = (path.clone(), info.clone());
+        let mut reader = tokio::fs::File::from_std(blocking(move || file::open(&opened, &shared)).await?);
+        reader.seek(std::io::SeekFrom::Start(from)).await.map_err(|error| file::failed(&path, error))?;
+        Ok(Transfer { from, at: from, total: info.size, url: self.url.clone(), body: Body::File(reader, path) })
+    }
+
+    async fn repeat<T>(
+        &self,
+        progress: &Progress,
+        mut attempt: impl AsyncFnMut() -> Result<T, Failure>,
+    ) -> Result<T> {
+        let mut retries = Retries::new(self.settings());
+        loop {
+            match progress.until_stopped(attempt()).await? {
+                Ok(value) => return Ok(value),
+                Err(failure) => retries.pause(failure, false, progress).await?,
+            }
+        }
+    }
+}
+
+/// A small file.
+pub(super) enum Small {
+    /// All of it.
+    Whole(Bytes),
+    /// It is larger than asked for.
+    TooLarge,
+}
+
+fn read_small_file(path: PathBuf, limit: usize) -> Result<Small> {
+    if file::look(&path)?.size.is_some_and(|size| size > limit as u64) {
+        return Ok(Small::TooLarge);
+    }
+    std::fs::read(&path).map(|bytes| Small::Whole(bytes.into())).map_err(|error| file::failed(&path, error))
+}
+
+/// Bytes on their way.
+pub(super) struct Transfer {
+    /// Where they begin.
+    pub from: u64,
+    /// The size of the whole, if the source says it.
+    pub total: Option<u64>,
+    at: u64,
+    url: ImageUrl,
+    body: Body,
+}
+
+enum Body {
+    Web(reqwest::Response),
+    File(tokio::fs::File, PathBuf),
+}
+
+impl Transfer {
+    fn web(answer: Answer, url: &ImageUrl) -> Self {
+        let Answer { from, total, response } = answer;
+        Self { from, total, at: from, url: url.clone(), body: Body::Web(response) }
+    }
+
+    /// The next bytes; `None` at the end.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Failure> {
+        let chunk = match &mut self.body {
+            Body::Web(response) => {
+                response.chunk().await.map_err(|error| http::cut(&error, self.at, &self.url))?
+            }
+            Body::File(reader, path) => {
+                let mut buffer = BytesMut::with_capacity(FILE_CHUNK);
+                let count = reader.read_buf(&mut buffer).await.map_err(|error| file::failed(path, error))?;
+                (count > 0).then(|| buffer.freeze())
+            }
+        };
+        self.at += chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
+        Ok(chunk)
+    }
+}
+
+/// Runs file work on a thread that may block.
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(Error::internal("file work of the image cache did not end").source(error)),
+    }
+}
