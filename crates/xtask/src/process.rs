@@ -79,6 +79,22 @@ pub fn output(command: &mut Command, input: Input<'_>, limit: Duration) -> Resul
     Ok(Output { code: status.code().unwrap_or(-1), stdout: text(stdout), stderr: text(stderr) })
 }
 
+/// Runs a program to its end, `limit` at most, with its standard output in a new file.
+///
+/// # Errors
+/// It cannot be started, does not end in time, or ends with another code than 0.
+pub fn output_into(file: &Path, command: &mut Command, limit: Duration) -> Result<()> {
+    let to = File::create(file).with_context(|| file.display().to_string())?;
+    let mut child =
+        command.stdin(Stdio::null()).stdout(to).stderr(Stdio::piped()).spawn().with_context(|| not_started(command))?;
+    let stderr = reader(child.stderr.take());
+    match wait(&mut child, limit)? {
+        Some(status) if status.success() => Ok(()),
+        Some(status) => bail!("{} failed: {status}: {}", line(command), text(stderr).trim()),
+        None => bail!("{} did not end within {} s", line(command), limit.as_secs()),
+    }
+}
+
 /// What a program reads.
 #[derive(Clone, Copy)]
 pub enum Input<'a> {
