@@ -78,8 +78,9 @@ fn make_file_system(scratch: &Path, disk: &Path, name: &str, size_mib: u64, data
         }
         fs::write(files.join(format!("file-{index}")), content)?;
     }
+    fs::File::create(disk)?.set_len(size_mib << 20)?;
     let mut mke2fs = Command::new("mke2fs");
-    mke2fs.args(["-q", "-F", "-t", "ext4", "-d"]).arg(&files).arg(disk).arg(format!("{size_mib}M"));
+    mke2fs.args(["-q", "-F", "-t", "ext4", "-d"]).arg(&files).arg(disk);
     process::run(&mut mke2fs)?;
     fs::remove_dir_all(&files)?;
     Ok(())

@@ -114,7 +114,7 @@ impl Vm {
         // The limit is kept in the machine, so that nothing runs on in there; the one out here is for a machine
         // that no longer answers.
         let inside = limit.as_secs().max(1);
-        ssh.arg(format!("timeout --kill-after=5 {inside} bash -euo pipefail -c {}", quoted(script)));
+        ssh.arg(format!("timeout --kill-after=5 {inside} bash --norc -euo pipefail -c {}", quoted(script)));
         let begun = Instant::now();
         let output = process::output(&mut ssh, input, limit + Duration::from_secs(30))
             .with_context(|| format!("in the test machine: {script}"))?;

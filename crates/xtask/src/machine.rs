@@ -1,15 +1,16 @@
 //! The LVM test machine: a Debian root file system with systemd, LVM and libvirt, as a disk image and boot files.
 //!
-//! A hypervisor as lvp's users have it. It is only ever booted under QEMU's own emulation, so it needs no
-//! privileges that a CI runner lacks beyond those of mmdebstrap. It leaves out how it is started: `boot`.
+//! A hypervisor as lvp's users have it. Making it needs root, booting it does not. It leaves out how it is started:
+//! `boot`.
 
 use std::{
     fs,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::Command,
 };
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use crate::{
     cache::{self, Artefact},
@@ -72,6 +73,7 @@ impl Machine {
 }
 
 fn build(directory: &Path) -> Result<()> {
+    ensure!(fs::metadata("/proc/self")?.uid() == 0, "the test machine's files belong to root: only root can make them");
     let (root, log) = (directory.join("root"), directory.join("build.log"));
     let script = directory.join("machine.sh");
     fs::write(&script, SCRIPT)?;

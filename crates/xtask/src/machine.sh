@@ -25,7 +25,7 @@ EOF
 chroot "$root" systemctl --quiet enable systemd-networkd.service
 
 # --- ssh: one key, no look-ups
-ssh-keygen -q -t ed25519 -N '' -C bed -f "$out/key"
+ssh-keygen -q -t ed25519 -N '' -C bed -f "$out/key" </dev/null
 mkdir -p "$root/root/.ssh"
 cp "$out/key.pub" "$root/root/.ssh/authorized_keys"
 chmod -R go= "$root/root/.ssh"
@@ -77,4 +77,5 @@ printf '[Journal]\nStorage=persistent\nRateLimitIntervalSec=0\n' >"$root/etc/sys
 cp "$root"/boot/vmlinuz-* "$out/vmlinuz"
 cp "$root"/boot/initrd.img-* "$out/initrd"
 rm -f "$root"/boot/vmlinuz-* "$root"/boot/initrd.img-* "$root"/var/cache/apt/archives/*.deb
-mke2fs -q -t ext4 -L bed -m 0 -E lazy_itable_init=1,lazy_journal_init=1 -d "$root" "$out/root.img" 4G
+truncate -s 4G "$out/root.img"
+mke2fs -q -F -t ext4 -L bed -m 0 -E lazy_itable_init=1,lazy_journal_init=1 -d "$root" "$out/root.img"
