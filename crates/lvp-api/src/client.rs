@@ -183,7 +183,10 @@ impl Client {
         let status = response.status();
         match response.json::<ErrorBody>().await {
             Ok(body) => Box::new(body),
-            Err(_) => own_error(ErrorCode::DaemonUnreachable, format!("what answers at {} is not lvp: HTTP {status}", self.address)),
+            Err(_) => own_error(
+                ErrorCode::DaemonUnreachable,
+                format!("what answers at {} is not lvp: HTTP {status}", self.address),
+            ),
         }
     }
 
@@ -198,7 +201,8 @@ impl Client {
             why = inner.to_string();
             cause = inner.source();
         }
-        let mut body = own_error(ErrorCode::DaemonUnreachable, format!("no lvp daemon answers at {}: {why}", self.address));
+        let mut body =
+            own_error(ErrorCode::DaemonUnreachable, format!("no lvp daemon answers at {}: {why}", self.address));
         body.hint = Some("start one with `lvp serve`, or work without: --local".to_owned());
         body
     }

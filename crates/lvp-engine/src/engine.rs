@@ -99,7 +99,12 @@ impl Engine {
     }
 
     /// Has a volume provisioned. The same idempotency key and request give the same job.
-    pub async fn provision(&self, request: &ProvisionRequest, caller: Caller, idempotency_key: Option<String>) -> Result<Submitted> {
+    pub async fn provision(
+        &self,
+        request: &ProvisionRequest,
+        caller: Caller,
+        idempotency_key: Option<String>,
+    ) -> Result<Submitted> {
         let order = self.order(request, caller)?;
         self.submit(JobKind::Provision, &order, idempotency_key).await
     }
@@ -111,7 +116,12 @@ impl Engine {
     }
 
     /// Has an image fetched into the cache.
-    pub async fn prefetch(&self, request: &PrefetchRequest, caller: Caller, idempotency_key: Option<String>) -> Result<Submitted> {
+    pub async fn prefetch(
+        &self,
+        request: &PrefetchRequest,
+        caller: Caller,
+        idempotency_key: Option<String>,
+    ) -> Result<Submitted> {
         let order = Order::prefetch(request, &self.inner.services.sources, caller == Caller::Administrator)?;
         self.submit(JobKind::Prefetch, &order, idempotency_key).await
     }
@@ -180,19 +190,19 @@ impl Engine {
     }
 
     /// The cached images.
-    pub async fn images(&self) -> Vec<Image> {
+    pub async fn images(&self) -> Result<Vec<Image>> {
         self.inner.services.images.list().await
     }
 
     /// A cached image, by name or digest.
     pub async fn image(&self, name: &str) -> Result<Image> {
-        self.inner.services.images.get(name).await.map(|entry| entry.view())
+        self.inner.services.images.show(name).await
     }
 
     /// Checks a cached image against its digest.
     pub async fn verify_image(&self, name: &str) -> Result<ImageVerification> {
         let images = &self.inner.services.images;
-        images.verify(&images.get(name).await?, &Progress::default()).await
+        images.verify(&images.find(name).await?, &Progress::default()).await
     }
 
     /// Pins or unpins a cached image.
@@ -222,7 +232,8 @@ impl Engine {
     /// A volume, and who uses it.
     pub async fn volume(&self, name: &str, target: Option<&str>, caller: Caller) -> Result<Volume> {
         let (name, target) = (volume_name(name)?, self.target(target, caller)?);
-        let (libvirt, holder) = (self.inner.services.libvirt.clone(), self.inner.runner.holder(&target.exclusive_key(&name)));
+        let (libvirt, holder) =
+            (self.inner.services.libvirt.clone(), self.inner.runner.holder(&target.exclusive_key(&name)));
         blocking(move || {
             let volume = target.backend.find(&name)?.ok_or_else(|| no_volume(&name, &target))?;
             let mut users = holder.map(|id| format!("being written by job {id}")).into_iter().collect::<Vec<_>>();
@@ -258,7 +269,8 @@ impl Engine {
 
     /// The health of everything that jobs need.
     pub async fn health(&self) -> Health {
-        health::look(&self.inner.services, &self.inner.store, self.inner.libvirt_required, self.inner.runner.running()).await
+        health::look(&self.inner.services, &self.inner.store, self.inner.libvirt_required, self.inner.runner.running())
+            .await
     }
 
     /// Stops: no new jobs; running ones stop where they are, as recorded.
@@ -282,9 +294,8 @@ fn libvirt(settings: &EngineSettings) -> (Option<Libvirt>, bool) {
         LibvirtSetting::Uri(uri) => (Some(Libvirt::new(uri.clone())), true),
         LibvirtSetting::Automatic => {
             let required = settings.targets.values().any(|target| matches!(target, lvp_api::TargetSpec::Lvm { .. }));
-            let there = LIBVIRT_SOCKETS.iter().any(|socket| {
-                rustix::fs::access(*socket, rustix::fs::Access::WRITE_OK).is_ok()
-            });
+            let there =
+                LIBVIRT_SOCKETS.iter().any(|socket| rustix::fs::access(*socket, rustix::fs::Access::WRITE_OK).is_ok());
             ((required || there).then(|| Libvirt::new(LIBVIRT_URI)), required)
         }
     }

@@ -18,10 +18,9 @@ const LITTLE_SPACE: u64 = 20;
 
 /// The health now.
 pub async fn look(services: &Arc<Services>, store: &Store, libvirt_required: bool, active: usize) -> Health {
-    let mut checks = vec![check("database", store.check().await.map(|()| (HealthStatus::Healthy, "usable".to_owned())))];
-    checks.push(check("cache", services.images.check().await.map(|(used, free)| {
-        (HealthStatus::Healthy, format!("{} used, {} free", ByteSize(used), ByteSize(free)))
-    })));
+    let mut checks =
+        vec![check("database", store.check().await.map(|()| (HealthStatus::Healthy, "usable".to_owned())))];
+    checks.push(services.images.check().await);
     if let Some(libvirt) = services.libvirt.clone() {
         checks.push(libvirt_check(libvirt, libvirt_required).await);
     }
@@ -49,7 +48,8 @@ pub async fn look(services: &Arc<Services>, store: &Store, libvirt_required: boo
     }
 }
 
-fn check(name: &str, seen: Result<(HealthStatus, String)>) -> Check {
+/// A check from what was seen.
+pub fn check(name: &str, seen: Result<(HealthStatus, String)>) -> Check {
     match seen {
         Ok((status, message)) => Check { name: name.to_owned(), status, message, hint: None },
         Err(error) => {
@@ -60,7 +60,10 @@ fn check(name: &str, seen: Result<(HealthStatus, String)>) -> Check {
 }
 
 async fn libvirt_check(libvirt: Libvirt, required: bool) -> Check {
-    let seen = blocking(move || libvirt.version().map(|version| (HealthStatus::Healthy, format!("libvirt {version} answers")))).await;
+    let seen = blocking(move || {
+        libvirt.version().map(|version| (HealthStatus::Healthy, format!("libvirt {version} answers")))
+    })
+    .await;
     let mut check = check("libvirt", seen);
     if check.status == HealthStatus::Unhealthy && !required {
         check.status = HealthStatus::Degraded;
@@ -71,7 +74,8 @@ async fn libvirt_check(libvirt: Libvirt, required: bool) -> Check {
 async fn target_check(name: &str, target: Target) -> Check {
     let label = target.backend.label();
     let seen = blocking(move || target.backend.space()).await.map(|space| {
-        let status = if space.free < space.total / LITTLE_SPACE { HealthStatus::Degraded } else { HealthStatus::Healthy };
+        let status =
+            if space.free < space.total / LITTLE_SPACE { HealthStatus::Degraded } else { HealthStatus::Healthy };
         (status, format!("{label}: {} of {} free", ByteSize(space.free), ByteSize(space.total)))
     });
     check(&format!("target:{name}"), seen)

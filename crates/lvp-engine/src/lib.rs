@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!  row 4   engine                    Engine: the only door for front ends
-//!  row 3   settings health           what it is told, what it tells of itself
+//!  row 3   settings health doctor    what it is told, what it tells of itself and of its host
 //!  row 2   provision                 the use case as a list of steps: where the siblings below meet
 //!  row 1   image format volume job   sources and cache · readers and copy · backends · queue, runner, store
 //!  row 0   host db progress error metrics task
@@ -12,6 +12,7 @@
 //! It leaves out HTTP servers, command lines and configuration files.
 
 mod db;
+pub mod doctor;
 mod engine;
 mod health;
 mod image;

@@ -23,7 +23,10 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
         let content_type = request.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("");
         // A browser cannot send this type to another site without asking first, so no page can drive a local daemon.
         if !content_type.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json")) {
-            return Err(Failure::new(ErrorCode::UnsupportedMediaType, "the body's Content-Type is not application/json"));
+            return Err(Failure::new(
+                ErrorCode::UnsupportedMediaType,
+                "the body's Content-Type is not application/json",
+            ));
         }
         let bytes = Bytes::from_request(request, state).await.map_err(|rejection| unreadable(&rejection))?;
         parse(&bytes).map(Self)
@@ -58,7 +61,8 @@ fn explain(error: &serde_json::Error, path: &str) -> Failure {
     if path == "." {
         return Failure::new(ErrorCode::InvalidField, words);
     }
-    let out_of_range = words.starts_with("invalid value: integer") || words.starts_with("invalid value: floating point");
+    let out_of_range =
+        words.starts_with("invalid value: integer") || words.starts_with("invalid value: floating point");
     let is_size = path == "size" || path == "volume_size_gb";
     let code = if is_size && (out_of_range || words.contains("is not a size") || words.contains("more bytes than")) {
         ErrorCode::InvalidSize
@@ -91,7 +95,11 @@ mod tests {
             (r#"{"volume_name": "c"}"#, ErrorCode::InvalidField, "image_url"),
             (&format!("{{{base}, \"voluem_size\": 1}}"), ErrorCode::UnknownField, "voluem_size"),
             (&format!("{{{base}, \"volume_size_gb\": \"50\"}}"), ErrorCode::InvalidField, "volume_size_gb"),
-            (&format!("{{{base}, \"volume_size_gb\": 99999999999999999999}}"), ErrorCode::InvalidField, "volume_size_gb"),
+            (
+                &format!("{{{base}, \"volume_size_gb\": 99999999999999999999}}"),
+                ErrorCode::InvalidField,
+                "volume_size_gb",
+            ),
             (&format!("{{{base}, \"size\": -5}}"), ErrorCode::InvalidField, "size"),
             (&format!("{{{base}, \"size\": \"50X\"}}"), ErrorCode::InvalidSize, "50X"),
             (&format!("{{{base}, \"image_type\": \"vmdk\"}}"), ErrorCode::InvalidField, "image_type"),

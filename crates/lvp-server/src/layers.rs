@@ -27,7 +27,9 @@ const LONGEST_ID: usize = 128;
 pub fn apply(router: Router) -> Router {
     router
         .layer(DefaultBodyLimit::max(body::LARGEST))
-        .layer(CatchPanicLayer::custom(|_| Failure::new(ErrorCode::Internal, "the request's handler panicked").into_response()))
+        .layer(CatchPanicLayer::custom(|_| {
+            Failure::new(ErrorCode::Internal, "the request's handler panicked").into_response()
+        }))
         .layer(middleware::from_fn(identify))
 }
 

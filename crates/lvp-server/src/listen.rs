@@ -11,7 +11,13 @@ use std::{
     time::Duration,
 };
 
-use axum::{Router, extract::Request, http::header::HOST, middleware, response::{IntoResponse, Response}};
+use axum::{
+    Router,
+    extract::Request,
+    http::header::HOST,
+    middleware,
+    response::{IntoResponse, Response},
+};
 use hyper::body::Incoming;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
@@ -73,13 +79,20 @@ impl Listeners {
 }
 
 async fn bind_tcp(host: &str, port: u16) -> lvp_engine::Result<TcpListener> {
-    let invalid = |why: String| Error::new(ErrorCode::InvalidConfiguration, format!("cannot listen on {host} port {port}: {why}"));
-    let addresses: Vec<SocketAddr> =
-        (host, port).to_socket_addrs().map_err(|error| invalid(error.to_string()).hint("set HOST to 127.0.0.1"))?.collect();
+    let invalid = |why: String| {
+        Error::new(ErrorCode::InvalidConfiguration, format!("cannot listen on {host} port {port}: {why}"))
+    };
+    let addresses: Vec<SocketAddr> = (host, port)
+        .to_socket_addrs()
+        .map_err(|error| invalid(error.to_string()).hint("set HOST to 127.0.0.1"))?
+        .collect();
     if let Some(open) = addresses.iter().find(|address| !address.ip().is_loopback()) {
         return Err(Error::new(
             ErrorCode::NotPermitted,
-            format!("HOST={host} ({}) can be reached from other machines, and this lvp has no authentication yet", open.ip()),
+            format!(
+                "HOST={host} ({}) can be reached from other machines, and this lvp has no authentication yet",
+                open.ip()
+            ),
         )
         .hint("set HOST=127.0.0.1 and reach it through ssh or a proxy that authenticates"));
     }
@@ -102,7 +115,8 @@ async fn bind_unix(path: &Path) -> lvp_engine::Result<UnixListener> {
         return Err(Error::new(ErrorCode::StateLocked, format!("{} is served by another process", path.display())));
     }
     // Nobody answers: the file is what a process left that was killed.
-    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|metadata| std::os::unix::fs::FileTypeExt::is_socket(&metadata.file_type()));
+    let is_socket = std::fs::symlink_metadata(path)
+        .is_ok_and(|metadata| std::os::unix::fs::FileTypeExt::is_socket(&metadata.file_type()));
     if is_socket {
         std::fs::remove_file(path).map_err(failed)?;
     }
@@ -114,7 +128,8 @@ async fn bind_unix(path: &Path) -> lvp_engine::Result<UnixListener> {
 /// Serves until `stop` turns true, then lets open requests end, for a while.
 pub async fn serve(listeners: Listeners, router: Router, mut stop: watch::Receiver<bool>) {
     let graceful = GracefulShutdown::new();
-    let over_tcp = router.clone().layer(middleware::map_request(local_host_only)).layer(axum::Extension(Caller::Anybody));
+    let over_tcp =
+        router.clone().layer(middleware::map_request(local_host_only)).layer(axum::Extension(Caller::Anybody));
     let over_unix = router.layer(axum::Extension(Caller::Administrator));
     loop {
         tokio::select! {
@@ -160,7 +175,9 @@ async fn after_error<T>(result: std::io::Result<T>) -> Option<T> {
 
 fn connect(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, router: &Router, graceful: &GracefulShutdown) {
     let router = router.clone();
-    let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| router.clone().oneshot(request.map(axum::body::Body::new)));
+    let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
+        router.clone().oneshot(request.map(axum::body::Body::new))
+    });
     let mut builder = Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_LIMIT);
     builder.http2().timer(TokioTimer::new()).max_concurrent_streams(64);
@@ -175,13 +192,23 @@ fn connect(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, router:
 /// Refuses requests that a web page could send here under a name of its own (DNS rebinding): the `Host` that a browser
 /// sends is then not this machine's.
 async fn local_host_only(request: Request) -> Result<Request, Response> {
-    let host = request.headers().get(HOST).and_then(|value| value.to_str().ok()).or(request.uri().authority().map(|a| a.as_str()));
+    let host = request
+        .headers()
+        .get(HOST)
+        .and_then(|value| value.to_str().ok())
+        .or(request.uri().authority().map(|a| a.as_str()));
     let Some(host) = host else { return Ok(request) };
-    let name = host.rsplit_once(':').filter(|(_, port)| port.bytes().all(|byte| byte.is_ascii_digit())).map_or(host, |(name, _)| name);
+    let name = host
+        .rsplit_once(':')
+        .filter(|(_, port)| port.bytes().all(|byte| byte.is_ascii_digit()))
+        .map_or(host, |(name, _)| name);
     let bare = name.trim_start_matches('[').trim_end_matches(']');
     if name.eq_ignore_ascii_case("localhost") || bare.parse::<IpAddr>().is_ok_and(|address| address.is_loopback()) {
         return Ok(request);
     }
-    let refusal = Failure::new(ErrorCode::NotPermitted, format!("this daemon serves localhost only, not '{}'", host.escape_debug()));
+    let refusal = Failure::new(
+        ErrorCode::NotPermitted,
+        format!("this daemon serves localhost only, not '{}'", host.escape_debug()),
+    );
     Err(refusal.into_response())
 }

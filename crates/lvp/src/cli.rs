@@ -256,7 +256,8 @@ impl Cli {
     /// The settings that the command line gives.
     pub fn flags(&self) -> Flags {
         let global = &self.global;
-        let mut given = vec![("state_dir", &global.state_dir), ("cache_dir", &global.cache_dir), ("log_level", &global.log_level)];
+        let mut given =
+            vec![("state_dir", &global.state_dir), ("cache_dir", &global.cache_dir), ("log_level", &global.log_level)];
         if let Command::Serve(serve) = &self.command {
             given.extend([("host", &serve.host), ("port", &serve.port), ("socket", &serve.socket)]);
         }

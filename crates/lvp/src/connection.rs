@@ -67,7 +67,9 @@ impl LocalEngine {
         let engine = Engine::open(config.engine(recovery)?).await?;
         // Made with mode 0700, so that nobody else reaches the socket in it.
         let directory = tempfile::Builder::new().prefix("lvp-").tempdir().map_err(|error| {
-            Error::new(ErrorCode::InputOutput, "no temporary directory could be made").source(error).hint("check TMPDIR and its space")
+            Error::new(ErrorCode::InputOutput, "no temporary directory could be made")
+                .source(error)
+                .hint("check TMPDIR and its space")
         })?;
         let listeners = listen::bind(&Addresses { tcp: None, unix: Some(socket_in(directory.path())) }).await?;
         let (stop, stopped) = watch::channel(false);
@@ -86,12 +88,13 @@ async fn daemon_socket(config: &Config) -> lvp_engine::Result<Option<PathBuf>> {
     let socket = config.socket()?;
     match UnixStream::connect(&socket).await {
         Ok(_) => Ok(Some(socket)),
-        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
-            Err(Error::new(ErrorCode::DaemonUnreachable, format!("the daemon's socket {} may not be opened by this user", socket.display()))
-                .source(error)
-                .hint("run the command as root, or name a daemon with --server http://127.0.0.1:8080")
-                .retry(false))
-        }
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => Err(Error::new(
+            ErrorCode::DaemonUnreachable,
+            format!("the daemon's socket {} may not be opened by this user", socket.display()),
+        )
+        .source(error)
+        .hint("run the command as root, or name a daemon with --server http://127.0.0.1:8080")
+        .retry(false)),
         Err(_) => Ok(None),
     }
 }

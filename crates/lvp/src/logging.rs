@@ -20,6 +20,10 @@ pub fn start(config: &Config, usual: &str) {
     };
     let registry = tracing_subscriber::registry().with(filter);
     let lines = fmt::layer().with_writer(stderr);
-    let started = if json { registry.with(lines.json().flatten_event(true)).try_init() } else { registry.with(lines.with_ansi(stderr().is_terminal())).try_init() };
+    let started = if json {
+        registry.with(lines.json().flatten_event(true)).try_init()
+    } else {
+        registry.with(lines.with_ansi(stderr().is_terminal())).try_init()
+    };
     debug_assert!(started.is_ok(), "logging is started once");
 }

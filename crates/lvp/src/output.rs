@@ -25,7 +25,9 @@ pub fn print<T: Serialize>(value: &T, output: Output, table: impl FnOnce(&T) -> 
 }
 
 fn failed(why: String) -> Box<ErrorBody> {
-    Box::new(lvp_engine::Error::new(ErrorCode::InputOutput, format!("the result could not be printed: {why}")).to_body())
+    Box::new(
+        lvp_engine::Error::new(ErrorCode::InputOutput, format!("the result could not be printed: {why}")).to_body(),
+    )
 }
 
 /// Prints an error, to stderr: its sentence and hint, or its body.
@@ -62,7 +64,8 @@ pub fn table(head: &[&str], rows: Vec<Vec<String>>, nothing: &str) -> String {
 
 /// Facts, one a line, aligned; those without a value are left out.
 pub fn facts(rows: Vec<(&str, Option<String>)>) -> String {
-    let rows: Vec<(&str, String)> = rows.into_iter().filter_map(|(name, value)| value.map(|value| (name, value))).collect();
+    let rows: Vec<(&str, String)> =
+        rows.into_iter().filter_map(|(name, value)| value.map(|value| (name, value))).collect();
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0) + 2;
     rows.iter().map(|(name, value)| format!("{name:width$}{value}\n")).collect()
 }

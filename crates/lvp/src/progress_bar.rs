@@ -98,7 +98,9 @@ fn show_bar(current: &mut Option<(Stage, ProgressBar)>, job: &Job) {
 
 fn show_line(last: &mut Option<(Stage, u8)>, job: &Job) {
     let progress = &job.progress;
-    let due = last.is_none_or(|(stage, percent)| stage != progress.stage || progress.percent >= percent.saturating_add(LINE_EVERY));
+    let due = last.is_none_or(|(stage, percent)| {
+        stage != progress.stage || progress.percent >= percent.saturating_add(LINE_EVERY)
+    });
     if !due {
         return;
     }
@@ -108,7 +110,12 @@ fn show_line(last: &mut Option<(Stage, u8)>, job: &Job) {
     } else {
         String::new()
     };
-    eprintln!("{:>3}%  {}{bytes}{}", progress.percent, words(progress.stage), Some(rate(job)).filter(|rate| !rate.is_empty()).map(|rate| format!("  {rate}")).unwrap_or_default());
+    eprintln!(
+        "{:>3}%  {}{bytes}{}",
+        progress.percent,
+        words(progress.stage),
+        Some(rate(job)).filter(|rate| !rate.is_empty()).map(|rate| format!("  {rate}")).unwrap_or_default()
+    );
 }
 
 fn rate(job: &Job) -> String {

@@ -51,7 +51,7 @@ impl Default for PopulateOptions {
 }
 
 /// What a copy did. Written, zeroed and skipped bytes are together the target's size.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Populated {
     /// Bytes of the disk that were read from the image and, where compressed, decoded.
     pub bytes_decoded: u64,
@@ -186,7 +186,11 @@ fn collect(threads: Vec<thread::ScopedJoinHandle<'_, Result<Populated>>>) -> Res
 fn too_large(virtual_size: u64, target: &BlockTarget) -> Error {
     Error::new(
         ErrorCode::ImageTooLarge,
-        format!("the image's disk of {virtual_size} bytes does not fit the {} bytes of {}", target.size, target.path.display()),
+        format!(
+            "the image's disk of {virtual_size} bytes does not fit the {} bytes of {}",
+            target.size,
+            target.path.display()
+        ),
     )
     .hint(format!("ask for a volume of at least {virtual_size} bytes"))
     .detail("image_bytes", virtual_size)

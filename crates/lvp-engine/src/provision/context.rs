@@ -8,7 +8,11 @@ use lvp_api::{Digest, ErrorCode, JobId, Stage};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{in_use::refuse_in_use, order::{Order, VolumeOrder}, plan};
+use super::{
+    in_use::refuse_in_use,
+    order::{Order, VolumeOrder},
+    plan,
+};
 use crate::{
     error::{Error, Result},
     format::{self, Image, PopulateOptions, Populated},
@@ -96,7 +100,7 @@ impl Context {
         self.progress.enter(Stage::Downloading, 0);
         let resolved = plan::resolve(&self.services, &self.order, &self.progress).await?;
         // A later attempt finds what the first one fetched; the job as a whole still had to fetch it.
-        self.record.cache_hit.get_or_insert(resolved.is_hit());
+        self.record.cache_hit.get_or_insert(resolved.cached().is_some());
         self.resolved = Some(resolved);
         Ok(())
     }
@@ -116,18 +120,16 @@ impl Context {
         let job = self.id;
         let libvirt = self.services.libvirt.clone();
         let made_before = self.record.claim == Some(Claim::Make);
-        let claim = blocking(move || {
-            match backend.find(&wanted.name)? {
-                Some(volume) if made_before && volume.tags.job == Some(job) => Ok(Claim::Make),
-                Some(volume) => {
-                    plan::compatible(&volume, &wanted)?;
-                    refuse_in_use(&volume, libvirt.as_ref())?;
-                    Ok(Claim::Overwrite)
-                }
-                None => {
-                    plan::admit(&*backend, &wanted)?;
-                    Ok(Claim::Make)
-                }
+        let claim = blocking(move || match backend.find(&wanted.name)? {
+            Some(volume) if made_before && volume.tags.job == Some(job) => Ok(Claim::Make),
+            Some(volume) => {
+                plan::compatible(&volume, &wanted)?;
+                refuse_in_use(&volume, libvirt.as_ref())?;
+                Ok(Claim::Overwrite)
+            }
+            None => {
+                plan::admit(&*backend, &wanted)?;
+                Ok(Claim::Make)
             }
         });
         self.record.claim = Some(claim.await?);
@@ -163,11 +165,17 @@ impl Context {
                     return Ok(Some((entry, image)));
                 }
                 tracing::error!(job_id = %self.id, image = entry.name(), "cached image lost its digest; it is fetched anew");
-                services.images.quarantine(entry).await?;
+                services.images.quarantine(&entry).await?;
                 Ok(None)
             }
             Fetch::New(unpublished) => {
-                let image = self.open(unpublished.path()).await?;
+                let image = match self.open(unpublished.path()).await {
+                    Ok(image) => image,
+                    Err(error) => {
+                        unpublished.refuse(&error);
+                        return Err(error);
+                    }
+                };
                 let entry = unpublished.publish(image.virtual_size()).await?;
                 Ok(Some((entry, image)))
             }
@@ -250,7 +258,10 @@ impl Context {
         match (self.record.claim, &self.order.volume) {
             (Some(Claim::Overwrite), Some(volume)) => Err(Error::new(
                 ErrorCode::Interrupted,
-                format!("volume {} was there before and is partly overwritten; it was kept. Provision it again before it is used", volume.name),
+                format!(
+                    "volume {} was there before and is partly overwritten; it was kept. Provision it again before it is used",
+                    volume.name
+                ),
             )),
             _ => Ok(()),
         }
@@ -283,7 +294,10 @@ impl Context {
     }
 
     fn image(&self) -> Result<Arc<Image>> {
-        self.image.as_ref().map(|(_, image)| Arc::clone(image)).ok_or_else(|| Error::internal("the image was not fetched"))
+        self.image
+            .as_ref()
+            .map(|(_, image)| Arc::clone(image))
+            .ok_or_else(|| Error::internal("the image was not fetched"))
     }
 
     fn backend(&self) -> Result<(Arc<dyn VolumeBackend>, VolumeOrder)> {

@@ -1,6 +1,9 @@
 //! Who uses a volume now: the kernel's view and libvirt's, as sentences.
 
-use std::{os::unix::fs::{FileTypeExt, MetadataExt}, path::Path};
+use std::{
+    os::unix::fs::{FileTypeExt, MetadataExt},
+    path::Path,
+};
 
 use lvp_api::ErrorCode;
 
@@ -46,7 +49,9 @@ pub fn refuse_in_use(volume: &Volume, libvirt: Option<&Libvirt>) -> Result<()> {
 /// Whether two paths are one file or one device, by whatever name.
 fn is_same_file(one: &Path, other: &Path) -> bool {
     match (one.metadata(), other.metadata()) {
-        (Ok(one), Ok(other)) if one.file_type().is_block_device() && other.file_type().is_block_device() => one.rdev() == other.rdev(),
+        (Ok(one), Ok(other)) if one.file_type().is_block_device() && other.file_type().is_block_device() => {
+            one.rdev() == other.rdev()
+        }
         (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
         _ => one == other,
     }

@@ -57,7 +57,12 @@ impl VolumeOrder {
 
 impl Order {
     /// From a provisioning request. `trusted`: the caller administers this machine.
-    pub fn provision(request: &ProvisionRequest, sources: &SourceSettings, targets: &Targets, trusted: bool) -> Result<Self> {
+    pub fn provision(
+        request: &ProvisionRequest,
+        sources: &SourceSettings,
+        targets: &Targets,
+        trusted: bool,
+    ) -> Result<Self> {
         let name: VolumeName =
             request.volume_name.parse().map_err(|invalid| Error::invalid(ErrorCode::InvalidVolumeName, &invalid))?;
         let size = size(request.volume_size_gb, request.size)?;
@@ -84,7 +89,8 @@ impl Order {
 
     /// From what the job store kept.
     pub fn from_stored(request: &Value) -> Result<Self> {
-        serde_json::from_value(request.clone()).map_err(|error| Error::internal("a stored job cannot be read").source(error))
+        serde_json::from_value(request.clone())
+            .map_err(|error| Error::internal("a stored job cannot be read").source(error))
     }
 
     /// As the job store keeps it.
@@ -126,17 +132,22 @@ impl ImageRequest<'_> {
 }
 
 fn size(gib: Option<i64>, bytes: Option<ByteSize>) -> Result<u64> {
-    let invalid = |why: String| Error::new(ErrorCode::InvalidSize, why).hint("write volume_size_gb: 50 or size: \"50G\"");
+    let invalid =
+        |why: String| Error::new(ErrorCode::InvalidSize, why).hint("write volume_size_gb: 50 or size: \"50G\"");
     let size = match (gib, bytes) {
         (Some(_), Some(_)) => {
-            return Err(Error::new(ErrorCode::InvalidField, "both volume_size_gb and size are given").hint("give one of them"));
+            return Err(
+                Error::new(ErrorCode::InvalidField, "both volume_size_gb and size are given").hint("give one of them")
+            );
         }
         (None, None) => {
             return Err(Error::new(ErrorCode::InvalidField, "neither volume_size_gb nor size is given")
                 .hint("write volume_size_gb: 50 or size: \"50G\""));
         }
         (None, Some(ByteSize(bytes))) => Some(bytes),
-        (Some(gib), None) if gib < 0 => return Err(invalid(format!("volume_size_gb is {gib}; a size cannot be negative"))),
+        (Some(gib), None) if gib < 0 => {
+            return Err(invalid(format!("volume_size_gb is {gib}; a size cannot be negative")));
+        }
         (Some(gib), None) => (gib as u64).checked_mul(GIB),
     };
     match size {
@@ -152,8 +163,11 @@ fn format_of_name(name: &str) -> Result<ImageFormat> {
     match ending.as_deref() {
         Some("qcow2") => Ok(ImageFormat::Qcow2),
         Some("raw") => Ok(ImageFormat::Raw),
-        _ => Err(Error::new(ErrorCode::InvalidField, "image_type is missing, and the URL does not end with .qcow2 or .raw")
-            .hint("give image_type: \"qcow2\" or \"raw\"")),
+        _ => Err(Error::new(
+            ErrorCode::InvalidField,
+            "image_type is missing, and the URL does not end with .qcow2 or .raw",
+        )
+        .hint("give image_type: \"qcow2\" or \"raw\"")),
     }
 }
 

@@ -12,8 +12,8 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    format::{self, Bytes, FileBytes, Header},
-    image::{ImageUrl, Resolved, Wanted},
+    format::{self, Bytes, Header},
+    image::{ImageUrl, Reader, Resolved, Wanted},
     progress::Progress,
     task::blocking,
     volume::{Volume, VolumeBackend},
@@ -33,28 +33,31 @@ pub async fn resolve(services: &Services, order: &Order, progress: &Progress) ->
 /// cannot do those: the header is then checked when the image is here, still before there is a volume.
 pub async fn inspect(resolved: &Resolved, order: &Order, progress: &Progress) -> Result<Option<Header>> {
     let declared = order.image_type;
-    if let Some(entry) = resolved.cached() {
-        let path = entry.path().to_owned();
-        return blocking(move || format::inspect(&FileBytes::open(&path)?, declared)).await.map(Some);
-    }
-    let Some(reader) = resolved.reader(progress) else { return Ok(None) };
-    blocking(move || format::inspect(&RemoteBytes(reader), declared)).await.map(Some)
+    let name = order.image_shown.clone();
+    let Some(reader) = resolved.reader(progress)? else { return Ok(None) };
+    blocking(move || format::inspect(&ImageBytes { reader, name }, declared)).await.map(Some)
 }
 
-/// The source's ranged reader as the bytes of an image.
-struct RemoteBytes(crate::image::Reader);
+/// The image where it is, as the bytes that a format is read from.
+struct ImageBytes {
+    reader: Reader,
+    name: String,
+}
 
-impl Bytes for RemoteBytes {
+impl Bytes for ImageBytes {
     fn len(&self) -> u64 {
-        self.0.len()
+        self.reader.len()
     }
 
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
-        self.0.read_exact_at(buffer, offset)
+        self.reader.read_exact_at(offset, buffer).map_err(|error| match error.downcast::<Error>() {
+            Ok(ours) => ours,
+            Err(error) => Error::new(ErrorCode::InputOutput, format!("reading {} failed", self.name)).source(error),
+        })
     }
 
     fn name(&self) -> String {
-        self.0.name()
+        self.name.clone()
     }
 }
 
@@ -66,7 +69,10 @@ pub fn fits(virtual_size: u64, volume: &VolumeOrder) -> Result<()> {
     let (image, asked) = (ByteSize(virtual_size), ByteSize(volume.size));
     Err(Error::new(
         ErrorCode::ImageTooLarge,
-        format!("the image's disk of {image} ({virtual_size} bytes) does not fit on volume {} of {asked} ({} bytes)", volume.name, volume.size),
+        format!(
+            "the image's disk of {image} ({virtual_size} bytes) does not fit on volume {} of {asked} ({} bytes)",
+            volume.name, volume.size
+        ),
     )
     .hint(format!("ask for a volume of at least {} GiB", virtual_size.div_ceil(lvp_api::GIB)))
     .detail("image_bytes", virtual_size)
@@ -115,7 +121,13 @@ pub fn admit_data(backend: &dyn VolumeBackend, wanted: &VolumeOrder, data: u64) 
     }
     Err(Error::new(
         ErrorCode::InsufficientSpace,
-        format!("volume {} needs {} in {}, where {} are free", wanted.name, ByteSize(needed), backend.label(), ByteSize(space.free)),
+        format!(
+            "volume {} needs {} in {}, where {} are free",
+            wanted.name,
+            ByteSize(needed),
+            backend.label(),
+            ByteSize(space.free)
+        ),
     )
     .hint("remove volumes, extend the volume group, or ask for a smaller volume")
     .detail("needed_bytes", needed)
@@ -156,8 +168,8 @@ pub async fn plan(services: &Arc<Services>, order: &Order) -> Result<Plan> {
         image_url: order.image_shown.clone(),
         image_type: order.image_type,
         image_digest: resolved.expected().cloned(),
-        cache_hit: resolved.is_hit(),
-        bytes_to_fetch: if resolved.is_hit() { 0 } else { resolved.size().unwrap_or(0) },
+        cache_hit: resolved.cached().is_some(),
+        bytes_to_fetch: if resolved.cached().is_some() { 0 } else { resolved.size().unwrap_or(0) },
         virtual_size_bytes: header.map(|header| header.virtual_size),
         volume: volume.name,
         target: label,

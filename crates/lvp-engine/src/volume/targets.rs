@@ -56,10 +56,17 @@ impl Targets {
         let spec = match spec {
             TargetSpec::Named(name) => self.configured.get(&name).cloned().ok_or_else(|| self.not_found(&name))?,
             // What is configured may be named either way.
-            written_out if written_out_is_allowed || self.configured.values().any(|known| *known == written_out) => written_out,
+            written_out if written_out_is_allowed || self.configured.values().any(|known| *known == written_out) => {
+                written_out
+            }
             _ => {
-                return Err(Error::new(ErrorCode::NotPermitted, format!("target '{text}' is not configured, and only this machine's administrator may write one out"))
-                    .hint("configure it under [targets.NAME], or use the command line on the machine itself"));
+                return Err(Error::new(
+                    ErrorCode::NotPermitted,
+                    format!(
+                        "target '{text}' is not configured, and only this machine's administrator may write one out"
+                    ),
+                )
+                .hint("configure it under [targets.NAME], or use the command line on the machine itself"));
             }
         };
         Ok(Target { backend: backend(&spec, &self.retry)?, spec })

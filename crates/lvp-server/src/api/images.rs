@@ -22,8 +22,8 @@ pub fn routes() -> OpenApiRouter<Engine> {
 
 #[utoipa::path(get, path = "/api/v1/images", tag = "images", summary = "List cached images",
     responses((status = 200, body = Vec<Image>)))]
-async fn list(State(engine): State<Engine>) -> Json<Vec<Image>> {
-    Json(engine.images().await)
+async fn list(State(engine): State<Engine>) -> Result<Json<Vec<Image>>> {
+    Ok(Json(engine.images().await?))
 }
 
 #[utoipa::path(post, path = "/api/v1/images", tag = "images", summary = "Fetch an image into the cache",

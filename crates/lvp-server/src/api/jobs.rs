@@ -46,7 +46,10 @@ pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>> {
     let Some(value) = headers.get("idempotency-key") else { return Ok(None) };
     match value.to_str() {
         Ok(key) if (1..=LONGEST_KEY).contains(&key.len()) => Ok(Some(key.to_owned())),
-        _ => Err(Failure::new(ErrorCode::InvalidField, format!("the Idempotency-Key has not 1 to {LONGEST_KEY} visible characters"))),
+        _ => Err(Failure::new(
+            ErrorCode::InvalidField,
+            format!("the Idempotency-Key has not 1 to {LONGEST_KEY} visible characters"),
+        )),
     }
 }
 

@@ -20,7 +20,7 @@ use crate::error::Failure;
         description = "From a VM image in an object store to a volume on this host. Every error has the body `ErrorBody`.",
         license(name = "Apache-2.0", identifier = "Apache-2.0"),
     ),
-    components(schemas(ErrorBody)),
+    components(schemas(ErrorBody))
 )]
 struct Document;
 
@@ -42,9 +42,13 @@ pub fn router(engine: Engine) -> Router {
     let (router, document) = described().split_for_parts();
     router
         .route("/api/openapi.json", get(move || async move { Json(document) }))
-        .fallback(|| async { Failure::new(ErrorCode::RouteNotFound, "there is no such path in the API; see /api/openapi.json").into_response() })
+        .fallback(|| async {
+            Failure::new(ErrorCode::RouteNotFound, "there is no such path in the API; see /api/openapi.json")
+                .into_response()
+        })
         .method_not_allowed_fallback(|| async {
-            Failure::new(ErrorCode::MethodNotAllowed, "this path does not take this method; see /api/openapi.json").into_response()
+            Failure::new(ErrorCode::MethodNotAllowed, "this path does not take this method; see /api/openapi.json")
+                .into_response()
         })
         .with_state(engine)
 }

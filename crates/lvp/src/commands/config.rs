@@ -16,7 +16,8 @@ struct Row {
 
 /// Runs the command.
 pub fn show(config: &Config, output: Output) -> Outcome {
-    let rows: Vec<Row> = config.shown().into_iter().map(|(setting, value, origin)| Row { setting, value, origin }).collect();
+    let rows: Vec<Row> =
+        config.shown().into_iter().map(|(setting, value, origin)| Row { setting, value, origin }).collect();
     output::print(&rows, output, |rows| {
         let rows = rows.iter().map(|row| vec![row.setting.clone(), row.value.clone(), row.origin.clone()]);
         output::table(&["setting", "value", "origin"], rows.collect(), "no settings")

@@ -44,9 +44,16 @@ pub async fn run(connection: &Connection, command: cli::Image, output: Output) -
     Ok(ExitCode::SUCCESS)
 }
 
-async fn pin(connection: &Connection, image: &str, pinned: bool, output: Output) -> Result<(), Box<lvp_api::ErrorBody>> {
+async fn pin(
+    connection: &Connection,
+    image: &str,
+    pinned: bool,
+    output: Output,
+) -> Result<(), Box<lvp_api::ErrorBody>> {
     let image = connection.client.pin_image(image, pinned).await?;
-    output::print(&image, output, |image| format!("{} is {}", image.name, if image.pinned { "pinned" } else { "not pinned" }))
+    output::print(&image, output, |image| {
+        format!("{} is {}", image.name, if image.pinned { "pinned" } else { "not pinned" })
+    })
 }
 
 fn show_list(images: &[Image]) -> String {

@@ -110,11 +110,19 @@ fn summary(job: &Job) -> String {
     if job.status != JobStatus::Completed {
         return format!("job {} {}: {what}", job.job_id, job.status);
     }
-    let seconds = job.finished_at.zip(job.started_at).map(|(end, start)| end.duration_since(start).as_secs_f64()).unwrap_or_default();
+    let seconds = job
+        .finished_at
+        .zip(job.started_at)
+        .map(|(end, start)| end.duration_since(start).as_secs_f64())
+        .unwrap_or_default();
     let image = if job.cache_hit == Some(true) { "from the cache" } else { "downloaded" };
     match (job.kind, &job.device_path) {
         (JobKind::Provision, Some(device)) => format!("{what} is ready at {device} (image {image}, {seconds:.1} s)"),
-        _ => format!("{} is cached at {} ({image}, {seconds:.1} s)", job.image_url, job.image_path.as_deref().unwrap_or_default()),
+        _ => format!(
+            "{} is cached at {} ({image}, {seconds:.1} s)",
+            job.image_url,
+            job.image_path.as_deref().unwrap_or_default()
+        ),
     }
 }
 
@@ -139,10 +147,24 @@ fn show(job: &Job) -> String {
         ("job", Some(job.job_id.to_string())),
         ("kind", Some(job.kind.to_string())),
         ("status", Some(job.status.to_string())),
-        ("progress", Some(format!("{}% ({}, {} of {})", progress.percent, progress.stage, ByteSize(progress.bytes_processed), ByteSize(progress.bytes_total)))),
+        (
+            "progress",
+            Some(format!(
+                "{}% ({}, {} of {})",
+                progress.percent,
+                progress.stage,
+                ByteSize(progress.bytes_processed),
+                ByteSize(progress.bytes_total)
+            )),
+        ),
         ("image", Some(job.image_url.clone())),
         ("digest", job.image_digest.as_ref().map(ToString::to_string)),
-        ("cached", job.image_path.as_ref().map(|path| format!("{path}{}", if job.cache_hit == Some(true) { " (hit)" } else { "" }))),
+        (
+            "cached",
+            job.image_path
+                .as_ref()
+                .map(|path| format!("{path}{}", if job.cache_hit == Some(true) { " (hit)" } else { "" })),
+        ),
         ("volume", job.volume.as_ref().map(ToString::to_string)),
         ("target", job.target.clone()),
         ("device", job.device_path.clone()),
@@ -150,7 +172,12 @@ fn show(job: &Job) -> String {
         ("created", Some(output::moment(job.created_at))),
         ("started", job.started_at.map(output::moment)),
         ("finished", job.finished_at.map(output::moment)),
-        ("error", job.error.as_ref().map(|error| format!("{error} [{}]", job.error_code.map(|code| code.to_string()).unwrap_or_default()))),
+        (
+            "error",
+            job.error
+                .as_ref()
+                .map(|error| format!("{error} [{}]", job.error_code.map(|code| code.to_string()).unwrap_or_default())),
+        ),
         ("hint", job.hint.clone()),
     ])
 }

@@ -38,11 +38,10 @@ pub fn run(cli: Cli) -> Outcome {
     if let Command::Config(_) = &cli.command {
         return config::show(&config, cli.global.output);
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(|error| body(lvp_engine::Error::new(lvp_api::ErrorCode::Internal, "no threads could be started").source(error)))?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(|error| {
+            body(lvp_engine::Error::new(lvp_api::ErrorCode::Internal, "no threads could be started").source(error))
+        })?;
     let outcome = runtime.block_on(dispatch(cli, &config));
     // A program in an uninterruptible wait must not keep this process.
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));

@@ -30,7 +30,8 @@ pub async fn run(connection: &Connection, command: Provision, output: Output) ->
 /// A job in this process ends with it.
 pub(super) fn refuse_detached_local(connection: &Connection, detach: bool) -> Result<(), Box<ErrorBody>> {
     if detach && connection.is_local() {
-        let error = Error::new(ErrorCode::InvalidField, "--detach needs a daemon, because a job in this process ends with it");
+        let error =
+            Error::new(ErrorCode::InvalidField, "--detach needs a daemon, because a job in this process ends with it");
         return Err(body(error.hint("start `lvp serve`, or leave out --detach")));
     }
     Ok(())
@@ -41,7 +42,8 @@ pub(super) fn image_url(image: String) -> Result<String, Box<ErrorBody>> {
     if image.contains("://") {
         return Ok(image);
     }
-    let path = std::path::absolute(&image).map_err(|error| body(Error::new(ErrorCode::InvalidUrl, format!("'{image}' is not a path")).source(error)))?;
+    let path = std::path::absolute(&image)
+        .map_err(|error| body(Error::new(ErrorCode::InvalidUrl, format!("'{image}' is not a path")).source(error)))?;
     Ok(path.display().to_string())
 }
 
@@ -60,7 +62,8 @@ fn request(command: Provision) -> Result<ProvisionRequest, Box<ErrorBody>> {
 }
 
 fn show_plan(plan: &Plan) -> String {
-    let image = if plan.cache_hit { "cached".to_owned() } else { format!("to download, {}", ByteSize(plan.bytes_to_fetch)) };
+    let image =
+        if plan.cache_hit { "cached".to_owned() } else { format!("to download, {}", ByteSize(plan.bytes_to_fetch)) };
     let volume = match plan.volume_action {
         VolumeAction::Create => "to create",
         VolumeAction::Reuse => "exists, to overwrite",

@@ -6,15 +6,15 @@ mod table;
 
 use std::{
     collections::BTreeMap,
-    env,
-    fmt,
+    env, fmt,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use lvp_api::{ByteSize, ErrorCode, TargetSpec};
 use lvp_engine::{
-    Credentials, EngineSettings, Error, LibvirtSetting, LockRetry, Recovery, Result, Secret, SourceSettings, parse_endpoint,
+    Credentials, EngineSettings, Error, LibvirtSetting, LockRetry, Recovery, Result, Secret, SourceSettings,
+    parse_endpoint,
 };
 use lvp_server::listen::Addresses;
 
@@ -26,7 +26,8 @@ const NAME: &str = "libvirt-volume-provisioner";
 /// Variables of the environment that begin with `LVP_` and are no settings.
 const OTHER_VARIABLES: [&str; 2] = ["LVP_CONFIG", "LVP_SERVER"];
 /// Settings of the seed that will come with access control; until then they must not seem to protect.
-const NOT_YET: [&str; 6] = ["TLS_CERT_FILE", "TLS_KEY_FILE", "SERVER_CERT", "SERVER_KEY", "CLIENT_CA_CERT", "API_TOKENS_FILE"];
+const NOT_YET: [&str; 6] =
+    ["TLS_CERT_FILE", "TLS_KEY_FILE", "SERVER_CERT", "SERVER_KEY", "CLIENT_CA_CERT", "API_TOKENS_FILE"];
 
 /// Where a value came from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -89,7 +90,9 @@ impl Config {
     fn merge(file: Option<PathBuf>, flags: Flags, variables: &BTreeMap<String, String>) -> Result<Self> {
         let mut config = Self { values: BTreeMap::new(), targets: BTreeMap::new(), warnings: Vec::new() };
         for setting in SETTINGS {
-            config.values.insert(setting.key, Value { text: setting.default.map(str::to_owned), origin: Origin::Default });
+            config
+                .values
+                .insert(setting.key, Value { text: setting.default.map(str::to_owned), origin: Origin::Default });
         }
         let named = file.or_else(|| variables.get("LVP_CONFIG").map(PathBuf::from));
         let path = named.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_FILE));
@@ -99,7 +102,10 @@ impl Config {
         config.read_environment(variables)?;
         for (key, text) in flags {
             let setting = SETTINGS.iter().find(|setting| setting.key == key).expect("a flag has a setting");
-            config.values.insert(setting.key, Value { text: Some(text), origin: Origin::Flag(setting.flag.unwrap_or(setting.key)) });
+            config.values.insert(
+                setting.key,
+                Value { text: Some(text), origin: Origin::Flag(setting.flag.unwrap_or(setting.key)) },
+            );
         }
         config.add_default_target()?;
         Ok(config)
@@ -108,7 +114,8 @@ impl Config {
     fn read_file(&mut self, path: &Path) -> Result<()> {
         let bad = |why: String| Error::new(ErrorCode::InvalidConfiguration, format!("{}: {why}", path.display()));
         let text = std::fs::read_to_string(path).map_err(|error| bad("cannot be read".to_owned()).source(error))?;
-        let mut document: toml::Table = text.parse().map_err(|error: toml::de::Error| bad(error.to_string().trim_end().replace('\n', " ")))?;
+        let mut document: toml::Table =
+            text.parse().map_err(|error: toml::de::Error| bad(error.to_string().trim_end().replace('\n', " ")))?;
         if let Some(targets) = document.remove("targets") {
             let targets = targets.as_table().ok_or_else(|| bad("targets is not a table".to_owned()))?;
             for (name, fields) in targets {
@@ -130,14 +137,19 @@ impl Config {
     fn read_environment(&mut self, variables: &BTreeMap<String, String>) -> Result<()> {
         for setting in SETTINGS {
             // The first name that is set wins: it is the one in the documentation.
-            if let Some((name, text)) = setting.variables.iter().find_map(|name| variables.get(*name).map(|text| (*name, text))) {
+            if let Some((name, text)) =
+                setting.variables.iter().find_map(|name| variables.get(*name).map(|text| (*name, text)))
+            {
                 self.values.insert(setting.key, Value { text: Some(text.clone()), origin: Origin::Environment(name) });
             }
         }
         let known = || SETTINGS.iter().flat_map(|setting| setting.variables).copied();
         for name in variables.keys().filter(|name| name.starts_with("LVP_")) {
             if !known().any(|known| known == name) && !OTHER_VARIABLES.contains(&name.as_str()) {
-                let error = Error::new(ErrorCode::InvalidConfiguration, format!("there is no setting for the environment variable {name}"));
+                let error = Error::new(
+                    ErrorCode::InvalidConfiguration,
+                    format!("there is no setting for the environment variable {name}"),
+                );
                 return Err(unknown(error, name, known().filter(|known| known.starts_with("LVP_"))));
             }
         }
@@ -152,7 +164,9 @@ impl Config {
         let (group, pool) = (self.values["lvm.volume_group"].clone(), self.text("lvm.thin_pool"));
         if let Some(name) = &group.text {
             let written = pool.map_or(format!("lvm:{name}"), |pool| format!("lvm:{name}/{pool}"));
-            let spec = written.parse().map_err(|invalid: lvp_api::Invalid| Error::new(ErrorCode::InvalidConfiguration, format!("lvm.volume_group: {invalid}")))?;
+            let spec = written.parse().map_err(|invalid: lvp_api::Invalid| {
+                Error::new(ErrorCode::InvalidConfiguration, format!("lvm.volume_group: {invalid}"))
+            })?;
             // What is said for this process outranks what stands in the file.
             if !self.targets.contains_key("default") || !matches!(group.origin, Origin::File(_)) {
                 self.targets.insert("default".to_owned(), (spec, group.origin));
@@ -180,7 +194,10 @@ impl Config {
             };
             (setting.key.to_owned(), text, value.origin.to_string())
         });
-        let targets = self.targets.iter().map(|(name, (spec, origin))| (format!("targets.{name}"), spec.to_string(), origin.to_string()));
+        let targets = self
+            .targets
+            .iter()
+            .map(|(name, (spec, origin))| (format!("targets.{name}"), spec.to_string(), origin.to_string()));
         settings.chain(targets).collect()
     }
 
@@ -209,13 +226,18 @@ impl Config {
     fn milliseconds(&self, key: &str) -> Result<Vec<Duration>> {
         let text = self.text(key).unwrap_or_default();
         let numbers = text.split(',').map(|number| number.trim().parse().map(Duration::from_millis));
-        numbers.collect::<std::result::Result<_, _>>().map_err(|_| self.invalid(key, "is not a list of milliseconds such as 100,1000"))
+        numbers
+            .collect::<std::result::Result<_, _>>()
+            .map_err(|_| self.invalid(key, "is not a list of milliseconds such as 100,1000"))
     }
 
     fn invalid(&self, key: &str, why: &str) -> Error {
         let value = &self.values[key];
         let text = value.text.as_deref().unwrap_or_default();
-        Error::new(ErrorCode::InvalidConfiguration, format!("{key} = '{}' (from {}) {why}", text.escape_debug(), value.origin))
+        Error::new(
+            ErrorCode::InvalidConfiguration,
+            format!("{key} = '{}' (from {}) {why}", text.escape_debug(), value.origin),
+        )
     }
 
     /// Database, lock and socket.
@@ -229,7 +251,8 @@ impl Config {
         let home = || env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/state"));
         let base = env::var_os("XDG_STATE_HOME").map(PathBuf::from).filter(|path| path.is_absolute()).or_else(home);
         base.map(|base| base.join(NAME)).ok_or_else(|| {
-            Error::new(ErrorCode::InvalidConfiguration, "there is no place for lvp's state: HOME is not set").hint("set LVP_STATE_DIR")
+            Error::new(ErrorCode::InvalidConfiguration, "there is no place for lvp's state: HOME is not set")
+                .hint("set LVP_STATE_DIR")
         })
     }
 
@@ -246,7 +269,9 @@ impl Config {
         let mut host = self.text("host").unwrap_or_default().to_owned();
         let mut port: u16 = self.number("port")?.unwrap_or_default();
         // The reference daemon's LISTEN_ADDR may carry the port.
-        if let Some((name, digits)) = host.rsplit_once(':').filter(|(name, _)| !name.contains(':') || name.ends_with(']')) {
+        if let Some((name, digits)) =
+            host.rsplit_once(':').filter(|(name, _)| !name.contains(':') || name.ends_with(']'))
+        {
             port = digits.parse().map_err(|_| self.invalid("host", "ends with something that is not a port"))?;
             host = name.to_owned();
         }
@@ -266,9 +291,13 @@ impl Config {
 
     /// The engine's settings.
     pub fn engine(&self, recovery: Recovery) -> Result<EngineSettings> {
-        let zero = |key: &str, number: usize| if number == 0 { Err(self.invalid(key, "must be at least 1")) } else { Ok(number) };
+        let zero = |key: &str, number: usize| {
+            if number == 0 { Err(self.invalid(key, "must be at least 1")) } else { Ok(number) }
+        };
         let size = self.text("cache_max_bytes").map(|text| {
-            text.parse::<ByteSize>().map(|size| size.0).map_err(|invalid| self.invalid("cache_max_bytes", &format!("is not a size: {invalid}")))
+            text.parse::<ByteSize>()
+                .map(|size| size.0)
+                .map_err(|invalid| self.invalid("cache_max_bytes", &format!("is not a size: {invalid}")))
         });
         Ok(EngineSettings {
             state_directory: self.state_directory()?,
@@ -315,7 +344,8 @@ impl Config {
 }
 
 fn half_credentials(given: &str, missing: &str) -> Error {
-    Error::new(ErrorCode::InvalidConfiguration, format!("{given} is set and {missing} is not")).hint("set both, or none for public buckets")
+    Error::new(ErrorCode::InvalidConfiguration, format!("{given} is set and {missing} is not"))
+        .hint("set both, or none for public buckets")
 }
 
 /// Two or more threads decode and write; more than four rarely help one disk.
@@ -331,7 +361,10 @@ fn target(fields: &toml::Value) -> Result<TargetSpec, String> {
         return Err(format!("has no setting '{other}'{}", suggestion(other, FIELDS.into_iter())));
     }
     let text = |field: &str| {
-        fields.get(field).map(|value| value.as_str().ok_or_else(|| format!("has a {field} that is not a text"))).transpose()
+        fields
+            .get(field)
+            .map(|value| value.as_str().ok_or_else(|| format!("has a {field} that is not a text")))
+            .transpose()
     };
     let written = match text("kind")? {
         Some("lvm") => {

@@ -11,7 +11,8 @@ fn merge(file: &str, variables: &[(&str, &str)], flags: Flags) -> Result<Config>
 }
 
 fn refusal(file: &str, variables: &[(&str, &str)]) -> String {
-    let error = merge(file, variables, Vec::new()).and_then(|config| config.engine(Recovery::Leave)).expect_err("a refusal");
+    let error =
+        merge(file, variables, Vec::new()).and_then(|config| config.engine(Recovery::Leave)).expect_err("a refusal");
     assert_eq!(error.code(), ErrorCode::InvalidConfiguration);
     format!("{} {}", error.chain(), error.to_body().hint.unwrap_or_default())
 }
@@ -54,7 +55,8 @@ fn values_that_cannot_be_are_refused_with_their_origin() {
 fn a_volume_group_alone_makes_the_default_target() {
     let spec = |config: &Config| config.targets["default"].0.to_string();
     assert_eq!(spec(&merge("", &[("LVM_VOLUME_GROUP", "vg0")], Vec::new()).unwrap()), "lvm:vg0");
-    let file = "[targets.default]\nkind='dir'\npath='/srv'\n[targets.fast]\nkind='lvm'\nvolume_group='vg0'\nthin_pool='pool0'";
+    let file =
+        "[targets.default]\nkind='dir'\npath='/srv'\n[targets.fast]\nkind='lvm'\nvolume_group='vg0'\nthin_pool='pool0'";
     let config = merge(file, &[], Vec::new()).unwrap();
     assert_eq!((spec(&config).as_str(), config.targets["fast"].0.to_string().as_str()), ("dir:/srv", "lvm:vg0/pool0"));
     assert_eq!(spec(&merge(file, &[("LVM_VOLUME_GROUP", "vg1")], Vec::new()).unwrap()), "lvm:vg1");
@@ -64,10 +66,13 @@ fn a_volume_group_alone_makes_the_default_target() {
 
 #[test]
 fn secrets_are_hidden_and_everything_has_an_origin() {
-    let config = merge("", &[("MINIO_ACCESS_KEY", "sesame"), ("MINIO_SECRET_ACCESS_KEY", "sesame")], Vec::new()).unwrap();
+    let config =
+        merge("", &[("MINIO_ACCESS_KEY", "sesame"), ("MINIO_SECRET_ACCESS_KEY", "sesame")], Vec::new()).unwrap();
     let shown = config.shown();
     assert!(shown.iter().all(|(_, text, origin)| text != "sesame" && !origin.is_empty()));
-    assert!(shown.iter().any(|(key, text, origin)| key == "minio.secret_key" && text == "(hidden)" && origin == "MINIO_SECRET_ACCESS_KEY"));
+    assert!(shown.iter().any(|(key, text, origin)| key == "minio.secret_key"
+        && text == "(hidden)"
+        && origin == "MINIO_SECRET_ACCESS_KEY"));
     let engine = config.engine(Recovery::Leave).unwrap();
     assert!(!format!("{engine:?}").contains("sesame"));
 }

@@ -157,7 +157,10 @@ impl Header {
     fn check_snapshots(&self, bytes: &dyn Bytes, fields: &Fields) -> Result<()> {
         let (count, offset) = (fields.u32(60), fields.u64(64));
         if count > SNAPSHOTS_LIMIT {
-            return Err(invalid(bytes, format!("it has {count} snapshots, and at most {SNAPSHOTS_LIMIT} are possible")));
+            return Err(invalid(
+                bytes,
+                format!("it has {count} snapshots, and at most {SNAPSHOTS_LIMIT} are possible"),
+            ));
         }
         // 40 bytes is the least that a snapshot's entry has.
         if count == 0 { Ok(()) } else { self.check_table(bytes, "snapshot table", offset, u64::from(count) * 40) }
