@@ -40,7 +40,9 @@ pub(super) async fn published(sources: &Sources, image: &ImageUrl, progress: &Pr
     };
     match sources.source(&url).read_small(LARGEST, progress).await {
         Ok(None) => Ok(None),
-        Ok(Some(Small::Whole(bytes))) => parse(&bytes, &image.file_name()).map(Some).map_err(|why| unreadable(&url, &why)),
+        Ok(Some(Small::Whole(bytes))) => {
+            parse(&bytes, &image.file_name()).map(Some).map_err(|why| unreadable(&url, &why))
+        }
         Ok(Some(Small::TooLarge)) => Err(unreadable(&url, &format!("it is larger than {LARGEST} bytes"))),
         Err(error) if error.code() == ErrorCode::SourceDenied => Err(error.hint(
             "S3 also refuses so when the file is not there and the keys may not list the bucket: publish the checksum \

@@ -164,7 +164,11 @@ impl Directory {
         }
         Err(Error::new(
             ErrorCode::FileInTheWay,
-            format!("files that lvp did not make have the names {} in {}", candidates.join(" and "), self.path.display()),
+            format!(
+                "files that lvp did not make have the names {} in {}",
+                candidates.join(" and "),
+                self.path.display()
+            ),
         )
         .hint("move these files to another directory"))
     }
@@ -215,8 +219,7 @@ impl Directory {
 
 fn lock(directory: &Path, path: &Path) -> Result<File> {
     let failed = |error| Error::io("locking", path, error);
-    let mut file =
-        OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(failed)?;
+    let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(failed)?;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {
             file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(failed)?;

@@ -172,8 +172,9 @@ impl Writer {
     fn start(file: File, path: &Path, expected: Option<&Digest>) -> Self {
         let (orders, received) = mpsc::channel(QUEUE);
         let (path, expected) = (path.to_owned(), expected.cloned());
-        let thread =
-            tokio::task::spawn_blocking(move || write(file, received, expected.as_ref()).map_err(|error| no_space(&path, error)));
+        let thread = tokio::task::spawn_blocking(move || {
+            write(file, received, expected.as_ref()).map_err(|error| no_space(&path, error))
+        });
         Self { orders: Some(orders), thread }
     }
 
@@ -202,11 +203,7 @@ impl Writer {
     }
 }
 
-fn write(
-    mut file: File,
-    mut orders: mpsc::Receiver<Order>,
-    expected: Option<&Digest>,
-) -> io::Result<(u64, Digests)> {
+fn write(mut file: File, mut orders: mpsc::Receiver<Order>, expected: Option<&Digest>) -> io::Result<(u64, Digests)> {
     let (mut hasher, mut size) = (Hasher::new(expected), 0);
     while let Some(order) = orders.blocking_recv() {
         match order {

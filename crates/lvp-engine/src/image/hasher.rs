@@ -38,9 +38,7 @@ impl Hasher {
     pub fn finish(self) -> Digests {
         Digests {
             sha256: Digest::from_bytes(DigestAlgorithm::Sha256, self.sha256.finish().as_ref()),
-            sha512: self
-                .sha512
-                .map(|context| Digest::from_bytes(DigestAlgorithm::Sha512, context.finish().as_ref())),
+            sha512: self.sha512.map(|context| Digest::from_bytes(DigestAlgorithm::Sha512, context.finish().as_ref())),
         }
     }
 }

@@ -19,9 +19,7 @@
 use std::{fs::File, io::Read, path::PathBuf, sync::Arc};
 
 use jiff::Timestamp;
-use lvp_api::{
-    ByteSize, Check, Digest, ErrorCode, HealthStatus, Image, ImageFormat, ImageVerification, Stage,
-};
+use lvp_api::{ByteSize, Check, Digest, ErrorCode, HealthStatus, Image, ImageFormat, ImageVerification, Stage};
 
 use super::{
     checksum,
@@ -149,9 +147,8 @@ impl Resolved {
             return Ok(Some(Reader::cached(file, entry.clone())));
         }
         let ranged = self.info.as_ref().filter(|info| info.accepts_ranges);
-        Ok(ranged.and_then(|info| {
-            Some(Reader::remote(self.source.clone(), info.clone(), info.size?, progress.clone()))
-        }))
+        Ok(ranged
+            .and_then(|info| Some(Reader::remote(self.source.clone(), info.clone(), info.size?, progress.clone()))))
     }
 
     fn key(&self) -> String {
@@ -427,12 +424,8 @@ impl Images {
                 return Check { name, status: HealthStatus::Unhealthy, message: error.chain(), hint };
             }
         };
-        let message = format!(
-            "{} images, {}, {} free",
-            usage.images,
-            ByteSize(usage.used_bytes),
-            ByteSize(usage.free_bytes)
-        );
+        let message =
+            format!("{} images, {}, {} free", usage.images, ByteSize(usage.used_bytes), ByteSize(usage.free_bytes));
         if usage.free_bytes < usage.used_bytes / LOW_SPACE {
             let hint = Some("free space on the cache's file system, or set LVP_CACHE_MAX_BYTES".to_owned());
             return Check { name, status: HealthStatus::Degraded, message, hint };
@@ -466,9 +459,7 @@ impl Unpublished {
         let published = images
             .with_index(move |index| {
                 let path = partial.path();
-                File::open(path)
-                    .and_then(|file| file.sync_all())
-                    .map_err(|error| Error::io("syncing", path, error))?;
+                File::open(path).and_then(|file| file.sync_all()).map_err(|error| Error::io("syncing", path, error))?;
                 let sidecar = Sidecar::new(&digests, wanted.format, size, virtual_size, verified);
                 let seen = SourceRecord::new(&wanted.url, info.as_ref(), size);
                 index.publish(path, &wanted.url.file_name(), sidecar, seen, &reservation)

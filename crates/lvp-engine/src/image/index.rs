@@ -174,8 +174,9 @@ impl Index {
         let mut state = self.state();
         let Some(record) = state.records.get(&name) else { return Ok(()) };
         if record.sidecar().pinned {
-            return Err(Error::new(ErrorCode::ImagePinned, format!("the cached image {name} is pinned"))
-                .hint("unpin it first"));
+            return Err(
+                Error::new(ErrorCode::ImagePinned, format!("the cached image {name} is pinned")).hint("unpin it first")
+            );
         }
         if in_use(record) {
             return Err(Error::new(ErrorCode::ImageInUse, format!("a running job uses the cached image {name}"))
@@ -278,8 +279,7 @@ impl Index {
     /// How many bytes are missing for `more`.
     fn lack(&self, state: &State, more: u64) -> Result<u64> {
         let reserved: u64 = state.reservations.values().map(|space| space.reserved).sum();
-        let promised: u64 =
-            state.reservations.values().map(|space| space.reserved.saturating_sub(space.written)).sum();
+        let promised: u64 = state.reservations.values().map(|space| space.reserved.saturating_sub(space.written)).sum();
         let over_limit = self.max_bytes.map_or(0, |limit| (state.used() + reserved + more).saturating_sub(limit));
         Ok(over_limit.max((promised + more).saturating_sub(self.directory.free()?)))
     }

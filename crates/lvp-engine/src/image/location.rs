@@ -67,9 +67,7 @@ impl ImageUrl {
             local_file(PathBuf::from(text), allow_files)?
         } else {
             let url = Url::parse(text).map_err(|error| {
-                invalid("cannot be read as a URL")
-                    .hint("write s3://bucket/key or https://host/path")
-                    .source(error)
+                invalid("cannot be read as a URL").hint("write s3://bucket/key or https://host/path").source(error)
             })?;
             location(url, settings, allow_files)?
         };
@@ -118,11 +116,9 @@ impl ImageUrl {
     /// query: such a URL names (and signs) one object only.
     pub(super) fn checksum_url(&self) -> Option<Self> {
         let location = match &self.location {
-            Location::Object { endpoint, bucket, key } => Location::Object {
-                endpoint: endpoint.clone(),
-                bucket: bucket.clone(),
-                key: format!("{key}.sha256"),
-            },
+            Location::Object { endpoint, bucket, key } => {
+                Location::Object { endpoint: endpoint.clone(), bucket: bucket.clone(), key: format!("{key}.sha256") }
+            }
             Location::Web(url) if url.query().is_some() => return None,
             Location::Web(url) => {
                 let mut beside = url.clone();
@@ -172,7 +168,10 @@ fn location(url: Url, settings: &SourceSettings, allow_files: bool) -> Result<Lo
     if !url.username().is_empty() || url.password().is_some() {
         return Err(Error::new(
             ErrorCode::UrlHasCredentials,
-            format!("the image URL for host '{}' has a user name or password in it", url.host_str().unwrap_or_default()),
+            format!(
+                "the image URL for host '{}' has a user name or password in it",
+                url.host_str().unwrap_or_default()
+            ),
         )
         .hint("use MINIO_ACCESS_KEY and MINIO_SECRET_KEY, or a presigned URL"));
     }
@@ -279,7 +278,8 @@ mod tests {
 
     #[test]
     fn another_host_or_a_query_is_plain() {
-        for text in ["http://minio.test/images/x", "https://minio.test:9000/images/x", "http://minio.test:9000/i/x?sig=1"]
+        for text in
+            ["http://minio.test/images/x", "https://minio.test:9000/images/x", "http://minio.test:9000/i/x?sig=1"]
         {
             assert!(matches!(parse(text).unwrap().location(), Location::Web(_)), "{text}");
         }

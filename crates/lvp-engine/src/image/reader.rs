@@ -108,8 +108,7 @@ impl Remote {
         }
         let start = number * BLOCK;
         let size = BLOCK.min(length - start) as usize;
-        let bytes =
-            self.runtime.block_on(self.source.read_range(&self.info, start, size, &self.progress))?;
+        let bytes = self.runtime.block_on(self.source.read_range(&self.info, start, size, &self.progress))?;
         if blocks.len() == KEPT {
             blocks.pop_front();
         }

@@ -106,7 +106,8 @@ mod tests {
     #[test]
     fn an_endpoint_is_scheme_host_and_port() {
         assert_eq!(parse_endpoint(" http://127.0.0.1:9000/ ").unwrap().port(), Some(9000));
-        for text in ["", "minio:9000", "ftp://minio", "https://u:hidden@minio", "https://minio/path", "https://m/?a=b"] {
+        for text in ["", "minio:9000", "ftp://minio", "https://u:hidden@minio", "https://minio/path", "https://m/?a=b"]
+        {
             let error = parse_endpoint(text).unwrap_err();
             assert_eq!(error.code(), ErrorCode::InvalidConfiguration, "{text}");
             assert!(!format!("{error:?}").contains("hidden"));

@@ -88,9 +88,7 @@ impl SourceRecord {
         match (&self.etag, &now.etag) {
             (Some(then), Some(now)) => then == now && same_size,
             (None, None) => {
-                self.last_modified.is_some()
-                    && self.last_modified == now.last_modified
-                    && now.size == Some(self.size)
+                self.last_modified.is_some() && self.last_modified == now.last_modified && now.size == Some(self.size)
             }
             _ => false,
         }

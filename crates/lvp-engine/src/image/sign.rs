@@ -10,11 +10,7 @@ use aws_lc_rs::hmac;
 use jiff::Timestamp;
 use url::Url;
 
-use super::{
-    escape::percent_encode,
-    hasher::sha256_hex,
-    settings::Credentials,
-};
+use super::{escape::percent_encode, hasher::sha256_hex, settings::Credentials};
 
 /// How long a signature is good: it must cover the time until the request reaches the server, not the transfer.
 const LIFETIME: Duration = Duration::from_secs(900);

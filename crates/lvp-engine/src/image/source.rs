@@ -196,11 +196,7 @@ impl Source {
         Ok(Transfer { from, at: from, total: info.size, url: self.url.clone(), body: Body::File(reader, path) })
     }
 
-    async fn repeat<T>(
-        &self,
-        progress: &Progress,
-        mut attempt: impl AsyncFnMut() -> Result<T, Failure>,
-    ) -> Result<T> {
+    async fn repeat<T>(&self, progress: &Progress, mut attempt: impl AsyncFnMut() -> Result<T, Failure>) -> Result<T> {
         let mut retries = Retries::new(self.settings());
         loop {
             match progress.until_stopped(attempt()).await? {
@@ -251,9 +247,7 @@ impl Transfer {
     /// The next bytes; `None` at the end.
     pub async fn next(&mut self) -> Result<Option<Bytes>, Failure> {
         let chunk = match &mut self.body {
-            Body::Web(response) => {
-                response.chunk().await.map_err(|error| http::cut(&error, self.at, &self.url))?
-            }
+            Body::Web(response) => response.chunk().await.map_err(|error| http::cut(&error, self.at, &self.url))?,
             Body::File(reader, path) => {
                 let mut buffer = BytesMut::with_capacity(FILE_CHUNK);
                 let count = reader.read_buf(&mut buffer).await.map_err(|error| file::failed(path, error))?;

@@ -8,8 +8,10 @@ use jiff::Timestamp;
 use lvp_api::ErrorCode;
 use reqwest::{
     Client, Response, StatusCode,
-    header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderName, HeaderValue, IF_MATCH,
-             LAST_MODIFIED, RANGE},
+    header::{
+        ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderName, HeaderValue, IF_MATCH,
+        LAST_MODIFIED, RANGE,
+    },
 };
 use url::Url;
 
@@ -144,8 +146,7 @@ impl Web<'_> {
 
 /// Whether a failed HEAD says nothing about a GET.
 fn head_is_refused(failure: &Failure) -> bool {
-    failure.again == Again::Never
-        && matches!(failure.error.code(), ErrorCode::SourceDenied | ErrorCode::SourceFailed)
+    failure.again == Again::Never && matches!(failure.error.code(), ErrorCode::SourceDenied | ErrorCode::SourceFailed)
 }
 
 fn describe(response: &Response) -> SourceInfo {
