@@ -236,7 +236,11 @@ pub(super) fn host(of: &ImageUrl) -> String {
 }
 
 fn causes(error: &reqwest::Error) -> impl Iterator<Item = &(dyn StdError + 'static)> {
-    std::iter::successors(error.source(), |error: &&(dyn StdError + 'static)| (*error).source())
+    type Cause<'a> = &'a (dyn StdError + 'static);
+    fn next<'a>(error: &Cause<'a>) -> Option<Cause<'a>> {
+        (*error).source()
+    }
+    std::iter::successors(error.source(), next)
 }
 
 /// The last cause in its own words. The outer ones are wrappers, and the outermost knows the URL.

@@ -1,0 +1,120 @@
+//! Requests at the same time: one download, its outcome for all, and a stop for one only.
+
+use std::time::Instant;
+
+use tokio::task::JoinSet;
+
+use super::*;
+use crate::progress::Stop;
+
+/// A page that takes about half a second.
+fn slow(bytes: Vec<u8>) -> Page {
+    let piece = bytes.len() / 25;
+    Page::new(bytes).pace(piece, Duration::from_millis(20))
+}
+
+async fn ten(bed: &Bed, url: &str, checksum: Option<Digest>) -> Vec<Result<Entry>> {
+    let mut requests = JoinSet::new();
+    for _ in 0..10 {
+        let (images, wanted) = (bed.images.clone(), Wanted { checksum: checksum.clone(), ..bed.wanted(url) });
+        requests.spawn(async move { bring(&images, &wanted, &Progress::default()).await });
+    }
+    requests.join_all().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ten_requests_are_one_download() {
+    let server = Server::start();
+    let bytes = content(500_000, 1);
+    let bed = Bed::new().await;
+    let pages = [("/etag.qcow2", slow(bytes.clone())), ("/nothing.qcow2", slow(content(500_000, 2)).etag(None))];
+    for (path, page) in pages {
+        server.serve(path, page);
+        let entries = ten(&bed, &server.url(path), None).await;
+        let names: Vec<_> = entries.iter().map(|entry| entry.as_ref().unwrap().name()).collect();
+        assert!(names.iter().all(|name| *name == names[0]));
+        assert_eq!(server.count("GET", path), 1);
+    }
+    server.serve("/digest.qcow2", slow(content(500_000, 3)));
+    let promised = Some(sha256(&content(500_000, 3)));
+    assert!(ten(&bed, &server.url("/digest.qcow2"), promised).await.iter().all(Result::is_ok));
+    assert_eq!(server.count("GET", "/digest.qcow2"), 1);
+    assert_eq!(bed.files().len(), 6);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_definite_failure_is_everybody_s() {
+    let server = Server::start();
+    server.serve("/x.qcow2", slow(content(500_000, 1)));
+    let bed = Bed::new().await;
+    for result in ten(&bed, &server.url("/x.qcow2"), Some(sha256(b"y"))).await {
+        let body = assert_code(result, ErrorCode::ChecksumMismatch).to_body();
+        assert_eq!(body.details["actual"], sha256(&content(500_000, 1)).to_string());
+    }
+    assert_eq!(server.count("GET", "/x.qcow2"), 1);
+    bed.assert_empty();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refused_image_is_refused_for_those_who_wait() {
+    let server = Server::start();
+    server.serve("/x.qcow2", Page::new(content(4000, 1)));
+    let bed = Bed::new().await;
+    let new = bed.download(&server.url("/x.qcow2")).await.unwrap();
+    let (images, wanted) = (bed.images.clone(), bed.wanted(&server.url("/x.qcow2")));
+    let waiter = tokio::spawn(async move { bring(&images, &wanted, &Progress::default()).await });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    new.refuse(&Error::new(ErrorCode::ImageRefused, "it has a backing file"));
+    assert_code(waiter.await.unwrap(), ErrorCode::ImageRefused);
+    assert_eq!(server.count("GET", "/x.qcow2"), 1);
+    bed.assert_empty();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn when_the_leader_is_cancelled_a_waiter_takes_over() {
+    let server = Server::start();
+    server.serve("/x.qcow2", slow(content(500_000, 1)));
+    let bed = Bed::new().await;
+    let (leader, waiter, quitter) = (Progress::default(), Progress::default(), Progress::default());
+    let mut running = Vec::new();
+    for progress in [&leader, &waiter, &quitter] {
+        let (images, wanted, progress) = (bed.images.clone(), bed.wanted(&server.url("/x.qcow2")), progress.clone());
+        running.push(tokio::spawn(async move { bring(&images, &wanted, &progress).await }));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(250)).await;
+    let seen = waiter.snapshot();
+    assert!(seen.bytes_processed > 0 && seen.bytes_total == 500_000, "a waiter shows the leader's progress: {seen:?}");
+    let begun = Instant::now();
+    quitter.stop(Stop::Cancel);
+    assert_code(running.remove(2).await.unwrap(), ErrorCode::Cancelled);
+    leader.stop(Stop::Cancel);
+    assert_code(running.remove(0).await.unwrap(), ErrorCode::Cancelled);
+    assert!(begun.elapsed() < Duration::from_secs(1));
+    assert_eq!(running.remove(0).await.unwrap().unwrap().digest(), sha256(&content(500_000, 1)));
+    assert_eq!(server.count("GET", "/x.qcow2"), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cancelled_download_stops_within_a_second_and_leaves_nothing() {
+    let server = Server::start();
+    server.serve("/slow.qcow2", slow(content(500_000, 1)));
+    server.serve("/stalled.qcow2", Page::new(content(4000, 1)).stall(&[100]));
+    server.serve(
+        "/busy.qcow2",
+        Page::new(content(4000, 1)).then(1, Page::new("").fail_with(9, 503, &[("retry-after", "60")])),
+    );
+    let bed = Bed::with(SourceSettings { stall_timeout: Duration::from_secs(60), ..quick() }, None).await;
+    for path in ["/slow.qcow2", "/stalled.qcow2", "/busy.qcow2"] {
+        let progress = Progress::default();
+        let (images, wanted, shared) = (bed.images.clone(), bed.wanted(&server.url(path)), progress.clone());
+        let running = tokio::spawn(async move { bring(&images, &wanted, &shared).await });
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let begun = Instant::now();
+        progress.stop(Stop::Cancel);
+        assert_code(running.await.unwrap(), ErrorCode::Cancelled);
+        assert!(begun.elapsed() < Duration::from_secs(1), "{path}");
+        bed.assert_empty();
+        assert_eq!(bed.images.usage().await.unwrap().reserved_bytes, 0);
+    }
+}
