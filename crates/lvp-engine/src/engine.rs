@@ -163,7 +163,7 @@ impl Engine {
     }
 
     /// A job whenever it changes, until it has ended.
-    pub fn watch(&self, id: JobId) -> impl Stream<Item = Result<Job>> + Send + 'static {
+    pub fn watch(&self, id: JobId) -> impl Stream<Item = Result<Job>> + Send + use<> {
         let engine = self.clone();
         let changes = self.inner.runner.changes();
         stream::unfold((engine, changes, None::<Job>, false), move |(engine, mut changes, last, ended)| async move {
