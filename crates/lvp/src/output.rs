@@ -53,7 +53,7 @@ pub fn table(head: &[&str], rows: Vec<Vec<String>>, nothing: &str) -> String {
         return nothing.to_owned();
     }
     let mut table = Table::new();
-    table.load_preset(NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table.load_style(NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     table.set_header(head.iter().map(|name| name.to_uppercase()));
     table.add_rows(rows);
     for column in table.column_iter_mut() {

@@ -18,7 +18,7 @@ use lvp_engine::{
 };
 use lvp_server::listen::Addresses;
 
-pub use self::table::{SETTINGS, Setting};
+pub use self::table::SETTINGS;
 
 /// The file that is read when `LVP_CONFIG` and `--config` name none. It need not exist.
 const DEFAULT_FILE: &str = "/etc/libvirt-volume-provisioner/config.toml";
