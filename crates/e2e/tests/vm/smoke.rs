@@ -33,6 +33,8 @@ fn group_and_thin_pool_are_there(world: &World) -> Result<()> {
     ensure!(layout.split_whitespace().eq(["thin,pool", "active"]), "{layout}");
     let failed = world.vm.run_ok("systemctl --failed --plain --no-legend")?;
     ensure!(failed.is_empty(), "{failed}");
+    let disks = world.vm.monitor("info block")?;
+    ensure!(disks.contains("root.qcow2") && disks.contains("data.img"), "{disks}");
     Ok(())
 }
 
