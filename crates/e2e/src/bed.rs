@@ -89,21 +89,17 @@ impl World {
         let (size, format) = (image.virtual_size, &image.format);
         let expected = format!("/var/lib/bed/{}", image.sha256);
         if self.vm.run(&format!("test -e {expected}"))?.code != 0 {
-            let copy = format!("{expected}.copy");
+            let (copy, raw) = (format!("{expected}.copy"), format!("{expected}.raw"));
             self.vm.copy_in(&image.path, &copy)?;
-            self.vm
-                .run_ok_within(COMPARE, &format!("qemu-img convert -f {format} -O raw {copy} {expected}; rm {copy}"))?;
+            let convert = format!("qemu-img convert -f {format} -O raw {copy} {raw}; rm {copy}; mv {raw} {expected}");
+            self.vm.run_ok_within(COMPARE, &convert)?;
         }
-        self.vm
-            .run_ok_within(
-                COMPARE,
-                &format!(
-                    "volume=$(blockdev --getsize64 {device} 2>/dev/null || stat --dereference --format=%s {device})
-                 cmp --bytes={size} {expected} {device}
-                 cmp --bytes=$((volume - {size})) --ignore-initial={size}:0 {device} /dev/zero"
-                ),
-            )
-            .map(drop)
+        let compare = format!(
+            "volume=$(blockdev --getsize64 {device} 2>/dev/null || stat --dereference --format=%s {device})
+             cmp --bytes={size} {expected} {device}
+             cmp --bytes=$((volume - {size})) --ignore-initial={size}:0 {device} /dev/zero"
+        );
+        self.vm.run_ok_within(COMPARE, &compare).map(drop)
     }
 
     /// The environment of a daemon that works with MinIO and the volume group, with state and cache of its own under
