@@ -2,7 +2,7 @@
 //!
 //! It leaves out driving the daemon (`product`) and what a scenario asserts about lvp.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Result, ensure};
 
@@ -17,6 +17,8 @@ pub const THIN_POOL: &str = "pool0";
 /// Where the binary is in the test machine: in its PATH.
 pub const BINARY: &str = "/usr/local/bin/lvp";
 
+/// What writing an image out, or comparing a volume with it, may take in the emulated machine.
+const COMPARE: Duration = Duration::from_secs(600);
 /// Takes away what a scenario left, and prints what could not be taken away.
 const RESET: &str = r#"set +e
 exec 3>&1 >/tmp/reset.log 2>&1
@@ -87,17 +89,17 @@ impl World {
         let (size, format) = (image.virtual_size, &image.format);
         let expected = format!("/var/lib/bed/{}", image.sha256);
         if self.vm.run(&format!("test -e {expected}"))?.code != 0 {
-            let copy = format!("{expected}.copy");
+            let (copy, raw) = (format!("{expected}.copy"), format!("{expected}.raw"));
             self.vm.copy_in(&image.path, &copy)?;
-            self.vm.run_ok(&format!("qemu-img convert -f {format} -O raw {copy} {expected}; rm {copy}"))?;
+            let convert = format!("qemu-img convert -f {format} -O raw {copy} {raw}; rm {copy}; mv {raw} {expected}");
+            self.vm.run_ok_within(COMPARE, &convert)?;
         }
-        self.vm
-            .run_ok(&format!(
-                "volume=$(blockdev --getsize64 {device} 2>/dev/null || stat --dereference --format=%s {device})
-                 cmp --bytes={size} {expected} {device}
-                 cmp --bytes=$((volume - {size})) --ignore-initial={size}:0 {device} /dev/zero"
-            ))
-            .map(drop)
+        let compare = format!(
+            "volume=$(blockdev --getsize64 {device} 2>/dev/null || stat --dereference --format=%s {device})
+             cmp --bytes={size} {expected} {device}
+             cmp --bytes=$((volume - {size})) --ignore-initial={size}:0 {device} /dev/zero"
+        );
+        self.vm.run_ok_within(COMPARE, &compare).map(drop)
     }
 
     /// The environment of a daemon that works with MinIO and the volume group, with state and cache of its own under

@@ -2,7 +2,10 @@
 //!
 //! It knows paths and JSON, none of lvp's types. It leaves out what an answer ought to be.
 
-use std::time::{Duration, Instant};
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
@@ -15,6 +18,8 @@ use crate::{
 
 /// How long it may take to come up.
 const START: Duration = Duration::from_secs(60);
+/// How long to leave it alone between two looks at a job: a look costs the emulated machine a tenth of a second.
+const POLL: Duration = Duration::from_millis(50);
 
 /// A running daemon. Dropping it kills it; its state and cache stay until the scenario ends.
 pub struct Product<'vm> {
@@ -118,6 +123,7 @@ impl<'vm> Product<'vm> {
             if ended(&job) || Instant::now() >= deadline {
                 bail!("job {id} did not get there: {job:#}");
             }
+            thread::sleep(POLL);
         }
     }
 

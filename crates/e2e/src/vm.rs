@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use xtask::{
     boot::Running,
     cache::{self, Scratch},
@@ -24,6 +24,7 @@ pub use xtask::process::Output;
 pub const LIMIT: Duration = Duration::from_secs(120);
 /// What a file may take to get in or out.
 const COPY: Duration = Duration::from_secs(600);
+const OFF: &str = "the test machine is off";
 /// What is collected besides files: a name, and the command whose output it is.
 const LOGS: &[(&str, &str)] = &[
     ("journal.log", "journalctl --no-pager --output=short-precise"),
@@ -110,7 +111,7 @@ impl Vm {
     }
 
     fn execute(&self, limit: Duration, script: &str, input: Input<'_>) -> Result<Output> {
-        let mut ssh = self.on()?.as_ref().map(Running::ssh).ok_or_else(|| anyhow!("the test machine is off"))?;
+        let mut ssh = self.while_on(|running| Ok(running.ssh()))?;
         // The limit is kept in the machine, so that nothing runs on in there; the one out here is for a machine
         // that no longer answers.
         let inside = limit.as_secs().max(1);
@@ -140,7 +141,7 @@ impl Vm {
             .collect();
         let words: Vec<String> = command.iter().map(|word| quoted(word)).collect();
         let start = format!(
-            "mkdir -p /var/log/bed; systemd-run --quiet --collect --unit=test-{name} --service-type=exec \
+            "mkdir -p /var/log/bed; systemd-run --collect --unit=test-{name} --service-type=exec \
              --property=StandardOutput=append:{log} --property=StandardError=append:{log}{settings} -- {}",
             words.join(" ")
         );
@@ -195,17 +196,18 @@ impl Vm {
     /// # Errors
     /// It is not there, or cannot be written here.
     pub fn copy_out(&self, from: &str, to: &Path) -> Result<()> {
-        let mut ssh = self.on()?.as_ref().map(Running::ssh).ok_or_else(|| anyhow!("the test machine is off"))?;
+        let mut ssh = self.while_on(|running| Ok(running.ssh()))?;
         ssh.arg(format!("cat {}", quoted(from)));
         process::output_into(to, &mut ssh, COPY).with_context(|| format!("copying {from} out of the test machine"))
     }
 
-    /// Tells QEMU's monitor something, and returns its answer: `set_link nic off` cuts the network.
+    /// Tells QEMU's monitor something, and returns its answer: `info block`, `set_link nic off` (which cuts off
+    /// [`Vm::run`] too).
     ///
     /// # Errors
     /// The machine is off.
     pub fn monitor(&self, line: &str) -> Result<String> {
-        self.on()?.as_ref().ok_or_else(|| anyhow!("the test machine is off"))?.monitor(line)
+        self.while_on(|running| running.monitor(line))
     }
 
     /// Cuts the power. What the machine had written to its disks is kept; what it held in memory is gone.
@@ -213,8 +215,7 @@ impl Vm {
     /// # Errors
     /// QEMU does not quit.
     pub fn kill_power(&self) -> Result<()> {
-        let running = self.on()?.take().ok_or_else(|| anyhow!("the test machine is off"))?;
-        running.power_off()
+        self.running().take().context(OFF)?.power_off()
     }
 
     /// Boots it again on the disks it had.
@@ -222,7 +223,7 @@ impl Vm {
     /// # Errors
     /// It is on, or does not come up.
     pub fn boot_again(&self) -> Result<()> {
-        let mut running = self.on()?;
+        let mut running = self.running();
         ensure!(running.is_none(), "the test machine is on");
         *running = Some(self.machine.boot(self.scratch.path())?);
         Ok(())
@@ -230,7 +231,7 @@ impl Vm {
 
     /// Whether it is on.
     pub fn is_on(&self) -> bool {
-        self.on().is_ok_and(|running| running.is_some())
+        self.running().is_some()
     }
 
     /// Puts the console, the journal, the state of volumes and domains and every log of a spawned program into a
@@ -256,8 +257,12 @@ impl Vm {
         Ok(())
     }
 
-    fn on(&self) -> Result<MutexGuard<'_, Option<Running>>> {
-        Ok(self.running.lock().unwrap_or_else(PoisonError::into_inner))
+    fn while_on<T>(&self, ask: impl FnOnce(&Running) -> Result<T>) -> Result<T> {
+        ask(self.running().as_ref().context(OFF)?)
+    }
+
+    fn running(&self) -> MutexGuard<'_, Option<Running>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

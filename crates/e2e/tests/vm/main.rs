@@ -7,6 +7,7 @@
 mod smoke;
 
 use std::{
+    path::PathBuf,
     process::ExitCode,
     sync::{Arc, OnceLock},
     time::Instant,
@@ -64,16 +65,21 @@ fn run(scenario: fn(&World) -> Result<()>, world: &World) -> Result<()> {
 
 fn start() -> Result<World> {
     let begun = Instant::now();
+    // Logs that are there afterwards are of this run.
+    let _ = std::fs::remove_dir_all(logs());
     let world = World::start()?;
     eprintln!("test bed: {} in the machine after {} s", world.binary.display(), begun.elapsed().as_secs());
     Ok(world)
 }
 
 fn collect_logs(world: &World, name: &str) -> String {
-    let directory = bed::target_directory().join("e2e").join(name.replace("::", "-"));
-    let _ = std::fs::remove_dir_all(&directory);
+    let directory = logs().join(name.replace("::", "-"));
     match world.vm.collect_logs(&directory) {
         Ok(()) => format!("logs: {}", directory.display()),
         Err(error) => format!("the logs could not be collected: {error:#}"),
     }
+}
+
+fn logs() -> PathBuf {
+    bed::target_directory().join("e2e")
 }

@@ -33,6 +33,8 @@ fn group_and_thin_pool_are_there(world: &World) -> Result<()> {
     ensure!(layout.split_whitespace().eq(["thin,pool", "active"]), "{layout}");
     let failed = world.vm.run_ok("systemctl --failed --plain --no-legend")?;
     ensure!(failed.is_empty(), "{failed}");
+    let disks = world.vm.monitor("info block")?;
+    ensure!(disks.contains("root.qcow2") && disks.contains("data.img"), "{disks}");
     Ok(())
 }
 
@@ -119,7 +121,11 @@ fn every_byte_of_a_volume_is_compared(world: &World) -> Result<()> {
     )?;
     world.expect_image("/dev/vg0/compared", &image)?;
     world.vm.run_ok("e2fsck -fn /dev/vg0/compared")?;
-    for place in ["$((32 << 20))", "$((72 << 20)) - 1"] {
+    world.vm.run_ok(
+        "lvcreate --yes --name exact --size 64M vg0; dd if=/dev/vg0/compared of=/dev/vg0/exact bs=1M count=64",
+    )?;
+    world.expect_image("/dev/vg0/exact", &image)?;
+    for place in ["32 << 20", "(72 << 20) - 1"] {
         let write = |byte: &str| {
             format!("printf '{byte}' | dd of=/dev/vg0/compared bs=1 seek=$(({place})) conv=notrunc status=none")
         };
