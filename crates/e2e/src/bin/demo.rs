@@ -53,7 +53,18 @@ fn main() -> Result<()> {
     for volume in ["web-1", "web-2"] {
         let path = state.join(format!("volumes/{volume}.raw"));
         show("e2fsck", &["-fn".as_ref(), path.as_os_str()])?;
-        show("qemu-img", &["compare".as_ref(), "-f".as_ref(), "raw".as_ref(), "-F".as_ref(), "qcow2".as_ref(), path.as_os_str(), image.as_os_str()])?;
+        show(
+            "qemu-img",
+            &[
+                "compare".as_ref(),
+                "-f".as_ref(),
+                "raw".as_ref(),
+                "-F".as_ref(),
+                "qcow2".as_ref(),
+                path.as_os_str(),
+                image.as_os_str(),
+            ],
+        )?;
     }
     println!("\nDone. Both volumes hold the image, and zeros behind it.");
     Ok(())
@@ -65,7 +76,11 @@ fn say(words: &str) {
 
 /// Some tens of megabytes of real files that every Debian has.
 fn content() -> PathBuf {
-    ["/usr/share/perl", "/usr/share/doc", "/etc"].into_iter().map(PathBuf::from).find(|path| path.is_dir()).unwrap_or_default()
+    ["/usr/share/perl", "/usr/share/doc", "/etc"]
+        .into_iter()
+        .map(PathBuf::from)
+        .find(|path| path.is_dir())
+        .unwrap_or_default()
 }
 
 /// Runs the `lvp` that was built beside this program, with its state below `state`.
