@@ -160,7 +160,10 @@ impl<C: Send + 'static> Runner<C> {
             }
             JobStatus::Pending | JobStatus::Running => {}
         }
-        self.inner.store.request_cancel(id).await?;
+        let after = self.inner.store.request_cancel(id).await?;
+        if after.is_some_and(|after| after.status == JobStatus::Cancelled) {
+            metrics::job_ended(JobStatus::Cancelled);
+        }
         if let Some(live) = self.inner.live().get(&id) {
             live.progress.stop(Stop::Cancel);
         }
