@@ -101,7 +101,7 @@ impl Source {
         if let Some(path) = self.path() {
             return blocking(move || file::look(&path)).await;
         }
-        self.repeat(progress, async || self.web().look().await).await
+        self.repeat(progress, move || async move { self.web().look().await }).await
     }
 
     /// The `length` bytes from `offset` on, of the content that `info` describes.
@@ -125,7 +125,7 @@ impl Source {
             })
             .await;
         }
-        self.repeat(progress, async || self.range_once(info, offset, length).await).await
+        self.repeat(progress, move || self.range_once(info, offset, length)).await
     }
 
     async fn range_once(&self, info: &SourceInfo, offset: u64, length: usize) -> Result<Bytes, Failure> {
@@ -165,7 +165,7 @@ impl Source {
     pub async fn read_small(&self, limit: usize, progress: &Progress) -> Result<Option<Small>> {
         let read = match self.path() {
             Some(path) => blocking(move || read_small_file(path, limit)).await,
-            None => self.repeat(progress, async || self.small_once(limit).await).await,
+            None => self.repeat(progress, move || self.small_once(limit)).await,
         };
         match read {
             Err(error) if error.code() == ErrorCode::SourceNotFound => Ok(None),
@@ -196,7 +196,11 @@ impl Source {
         Ok(Transfer { from, at: from, total: info.size, url: self.url.clone(), body: Body::File(reader, path) })
     }
 
-    async fn repeat<T>(&self, progress: &Progress, mut attempt: impl AsyncFnMut() -> Result<T, Failure>) -> Result<T> {
+    async fn repeat<T, F: Future<Output = Result<T, Failure>>>(
+        &self,
+        progress: &Progress,
+        mut attempt: impl FnMut() -> F,
+    ) -> Result<T> {
         let mut retries = Retries::new(self.settings());
         loop {
             match progress.until_stopped(attempt()).await? {
