@@ -1,1 +1,176 @@
-//! stub
+//! The world of the end-to-end scenarios: the test machine, MinIO, and the built binary in the machine.
+//!
+//! It leaves out driving the daemon (`product`) and what a scenario asserts about lvp.
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::{Result, ensure};
+
+use crate::{fixture::Fixture, minio::Minio, product::Product, vm::Vm};
+
+/// The bucket that is there from the start.
+pub const BUCKET: &str = "images";
+/// The volume group of the test machine.
+pub const VOLUME_GROUP: &str = "vg0";
+/// The thin pool in it.
+pub const THIN_POOL: &str = "pool0";
+/// Where the binary is in the test machine: in its PATH.
+pub const BINARY: &str = "/usr/local/bin/lvp";
+
+/// What writing an image out, or comparing a volume with it, may take in the emulated machine.
+const COMPARE: Duration = Duration::from_secs(600);
+/// Takes away what a scenario left, and prints what could not be taken away.
+const RESET: &str = r#"set +e
+exec 3>&1 >/tmp/reset.log 2>&1
+for domain in $(virsh list --all --name); do virsh destroy $domain; virsh undefine --nvram $domain; done
+for pool in $(virsh pool-list --all --name); do virsh pool-destroy $pool; virsh pool-undefine $pool; done
+systemctl kill --kill-whom=all --signal=KILL 'test-*.service'
+systemctl stop 'test-*.service'
+awk '$1 ~ "^/dev/(mapper/)?vg0" { print $2 }' /proc/mounts | xargs --no-run-if-empty umount
+volumes() { lvs --noheadings --options lv_path,lv_name vg0 | awk '$NF != "pool0" { print $1 }'; }
+volumes | xargs --no-run-if-empty lvremove --force --yes
+rm -rf /var/lib/lvp-* /var/lib/libvirt/images/* /var/log/bed/*
+exec >&3
+volumes; virsh list --all --name; virsh pool-list --all --name"#;
+
+/// All that a scenario works with.
+pub struct World {
+    /// The test machine.
+    pub vm: Vm,
+    /// The object store.
+    pub minio: Minio,
+    /// The binary on the host.
+    pub binary: PathBuf,
+}
+
+/// An image in the object store.
+#[derive(Debug, Clone)]
+pub struct Published {
+    /// Its URL as the test machine reaches it: `http://…/images/NAME`.
+    pub url: String,
+    /// The same as `s3://images/NAME`.
+    pub s3_url: String,
+}
+
+impl World {
+    /// Boots a machine, starts MinIO, and copies the binary in.
+    ///
+    /// # Errors
+    /// The binary is not built, or a part does not come up.
+    pub fn start() -> Result<Self> {
+        let binary = binary();
+        ensure!(binary.is_file(), "there is no {}; `make build` makes it", binary.display());
+        let minio = Minio::start()?;
+        minio.make_bucket(BUCKET)?;
+        let vm = Vm::boot()?;
+        vm.copy_in(&binary, BINARY)?;
+        vm.run_ok(&format!("chmod 755 {BINARY}"))?;
+        Ok(Self { vm, minio, binary })
+    }
+
+    /// Puts an image and its `.sha256` (as `sha256sum` prints it) into the bucket.
+    ///
+    /// # Errors
+    /// MinIO refuses.
+    pub fn publish(&self, image: &Fixture) -> Result<Published> {
+        let Fixture { name, sha256, .. } = image;
+        self.minio.put(BUCKET, name, &image.path)?;
+        self.minio.put_bytes(BUCKET, &format!("{name}.sha256"), format!("{sha256}  {name}\n").as_bytes())?;
+        let url = format!("{}/{BUCKET}/{name}", self.minio.endpoint_in_vm());
+        Ok(Published { url, s3_url: format!("s3://{BUCKET}/{name}") })
+    }
+
+    /// Checks every byte of a volume: first the image, as `qemu-img convert` in the machine writes it out, and then
+    /// zeroes to the volume's end.
+    ///
+    /// # Errors
+    /// A byte differs (the error names the first), or the volume is not there.
+    pub fn expect_image(&self, device: &str, image: &Fixture) -> Result<()> {
+        let (size, format) = (image.virtual_size, &image.format);
+        let expected = format!("/var/lib/bed/{}", image.sha256);
+        if self.vm.run(&format!("test -e {expected}"))?.code != 0 {
+            let (copy, raw) = (format!("{expected}.copy"), format!("{expected}.raw"));
+            self.vm.copy_in(&image.path, &copy)?;
+            let convert = format!("qemu-img convert -f {format} -O raw {copy} {raw}; rm {copy}; mv {raw} {expected}");
+            self.vm.run_ok_within(COMPARE, &convert)?;
+        }
+        let compare = format!(
+            "volume=$(blockdev --getsize64 {device} 2>/dev/null || stat --dereference --format=%s {device})
+             cmp --bytes={size} {expected} {device}
+             cmp --bytes=$((volume - {size})) --ignore-initial={size}:0 {device} /dev/zero"
+        );
+        self.vm.run_ok_within(COMPARE, &compare).map(drop)
+    }
+
+    /// The environment of a daemon that works with MinIO and the volume group, with state and cache of its own under
+    /// `/var/lib/lvp-NAME`. Change what a scenario needs changed with [`set`].
+    pub fn environment(&self, name: &str) -> Vec<(String, String)> {
+        let state = format!("/var/lib/lvp-{name}");
+        let settings = [
+            ("MINIO_ENDPOINT", self.minio.endpoint_in_vm()),
+            ("MINIO_ACCESS_KEY", self.minio.access_key().to_owned()),
+            ("MINIO_SECRET_KEY", self.minio.secret_key().to_owned()),
+            ("LVM_VOLUME_GROUP", VOLUME_GROUP.to_owned()),
+            ("LVP_CACHE_DIR", format!("{state}/cache")),
+            ("LVP_STATE_DIR", state),
+            ("PORT", "8080".to_owned()),
+        ];
+        settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    }
+
+    /// Starts the daemon with [`World::environment`] and waits until it answers.
+    ///
+    /// # Errors
+    /// It does not come up; the error quotes its log.
+    pub fn serve(&self, name: &str) -> Result<Product<'_>> {
+        Product::start(&self.vm, name, self.environment(name))
+    }
+
+    /// Defines a domain without an operating system that has this block device as its disk, and starts it paused.
+    ///
+    /// # Errors
+    /// libvirt refuses.
+    pub fn paused_domain(&self, name: &str, device: &str) -> Result<()> {
+        let xml = format!(
+            "<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>
+             <os><type arch='x86_64' machine='q35'>hvm</type></os><devices>
+             <disk type='block' device='disk'><driver name='qemu' type='raw'/><source dev='{device}'/>
+             <target dev='vda' bus='virtio'/></disk></devices></domain>"
+        );
+        let path = format!("/var/lib/bed/{name}.xml");
+        self.vm.write(&path, xml.as_bytes())?;
+        self.vm.run_ok(&format!("virsh define {path}; virsh start --paused {name}")).map(drop)
+    }
+
+    /// Makes the machine as it was: on, no domain, no storage pool, no spawned program, no volume but the thin pool,
+    /// no state of a daemon.
+    ///
+    /// # Errors
+    /// Something cannot be removed.
+    pub fn reset(&self) -> Result<()> {
+        if !self.vm.is_on() {
+            self.vm.boot_again()?;
+        }
+        let left = self.vm.run_ok(RESET)?;
+        ensure!(left.is_empty(), "left in the test machine: {left}\n{}", self.vm.run_ok("cat /tmp/reset.log")?);
+        Ok(())
+    }
+}
+
+/// Sets a variable of an environment, or takes it out.
+pub fn set(environment: &mut Vec<(String, String)>, name: &str, value: Option<&str>) {
+    environment.retain(|(other, _)| other != name);
+    environment.extend(value.map(|value| (name.to_owned(), value.to_owned())));
+}
+
+/// The directory that cargo builds into.
+pub fn target_directory() -> PathBuf {
+    let workspace = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."));
+    // A relative one is relative to where cargo was called, which is the workspace.
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace.join("target"), |target| workspace.join(target))
+}
+
+/// The binary under test: `TEST_BED_BINARY`, or what `make build` leaves.
+fn binary() -> PathBuf {
+    std::env::var_os("TEST_BED_BINARY").map_or_else(|| target_directory().join("release/lvp"), PathBuf::from)
+}

@@ -3,8 +3,10 @@
 //! It knows nothing of lvp's crates: tests drive the built binary or bring their own types.
 
 pub mod bed;
+pub mod fixture;
 pub mod images;
 pub mod minio;
+pub mod product;
 pub mod s3;
 pub mod server;
 pub mod vm;

@@ -19,7 +19,7 @@ mod target;
 mod volume;
 
 pub use digest::{Digest, DigestAlgorithm};
-pub use error::{ErrorBody, ErrorCode};
+pub use error::{ErrorBody, ErrorCode, exit};
 pub use health::{Check, Health, HealthStatus};
 pub use image::{Image, ImageFormat, ImageVerification, PinRequest, PrefetchRequest};
 pub use job::{Job, JobId, JobKind, JobList, JobStatus, Progress, Stage, Submitted};

@@ -1,33 +1,49 @@
-//! Everything of lvp that acts on a host, behind one door: `Engine`.
+//! Everything of lvp that acts on a host, behind one door: [`Engine`].
 //!
 //! Modules import lower rows only, siblings never (`tests/layers.rs` holds it):
 //!
 //! ```text
-//!  row 4   lib.rs                    Engine: the only door for front ends
+//!  row 4   engine                    Engine: the only door for front ends
+//!  row 3   settings health doctor    what it is told, what it tells of itself and of its host
 //!  row 2   provision                 the use case as a list of steps: where the siblings below meet
 //!  row 1   image format volume job   sources and cache · readers and copy · backends · queue, runner, store
-//!  row 0   host db progress error metrics
+//!  row 0   host db progress error metrics task
 //! ```
 //! It leaves out HTTP servers, command lines and configuration files.
 
 mod db;
-pub mod error;
-#[cfg(feature = "bench")]
-pub mod format;
-#[cfg(not(feature = "bench"))]
-mod format;
-#[cfg(feature = "bench")]
-pub mod host;
-#[cfg(not(feature = "bench"))]
-mod host;
+pub mod doctor;
+mod engine;
+mod health;
 mod image;
 mod job;
 mod metrics;
-#[cfg(feature = "bench")]
-pub mod progress;
-#[cfg(not(feature = "bench"))]
-mod progress;
 mod provision;
+mod settings;
+mod task;
 mod volume;
 
+// The copy engine is open to `benches/` only.
+#[cfg(not(feature = "bench"))]
+mod error;
+#[cfg(feature = "bench")]
+pub mod error;
+#[cfg(not(feature = "bench"))]
+mod format;
+#[cfg(feature = "bench")]
+pub mod format;
+#[cfg(not(feature = "bench"))]
+mod host;
+#[cfg(feature = "bench")]
+pub mod host;
+#[cfg(not(feature = "bench"))]
+mod progress;
+#[cfg(feature = "bench")]
+pub mod progress;
+
+pub use engine::Engine;
 pub use error::{Error, Result};
+pub use metrics::describe as describe_metrics;
+pub use settings::{
+    Caller, Credentials, EngineSettings, LibvirtSetting, LockRetry, Recovery, Secret, SourceSettings, parse_endpoint,
+};

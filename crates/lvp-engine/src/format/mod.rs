@@ -1,1 +1,208 @@
-//! stub
+//! Disk images: the gate that refuses what is not safe to write, the map of what an image holds, and the parallel copy
+//! of it to a target.
+//!
+//! An image is hostile until shown otherwise: its type is declared, never guessed; it may name no other file; every
+//! number in it is bounded before it is used; and no memory depends on its size.
+//!
+//! ```text
+//! Bytes        where the stored bytes come from: a file here, a remote object elsewhere
+//! inspect      the cheap gate: header and first table, few reads, for before a byte is fetched or reserved
+//! Image::open  the whole gate: every table
+//! populate     image → target, in parallel; after it every byte of the target is image or zero
+//! ```
+//! It leaves out fetching, digests and making volumes.
+
+mod bytes;
+mod error;
+mod magic;
+mod populate;
+mod qcow2;
+mod raw;
+#[cfg(test)]
+mod tests;
+
+use std::{path::Path, sync::Arc};
+
+use lvp_api::{ErrorCode, ImageFormat};
+
+pub use bytes::{Bytes, FileBytes};
+pub use populate::{PopulateOptions, Populated, populate, sync};
+pub use qcow2::Decoder;
+
+use crate::error::{Error, Result};
+
+/// The largest virtual size that is accepted, in bytes: 1 PiB, more than any volume that a host can make.
+pub const VIRTUAL_SIZE_LIMIT: u64 = 1 << 50;
+
+/// What an image's header says, found to be possible.
+#[derive(Debug, Clone)]
+pub struct Header {
+    /// The format, as declared and as found.
+    pub format: ImageFormat,
+    /// The size of the disk in the image, in bytes; not always a multiple of 512.
+    pub virtual_size: u64,
+    /// The size of the image itself, in bytes.
+    pub stored_size: u64,
+    layout: Layout,
+}
+
+#[derive(Debug, Clone)]
+enum Layout {
+    Raw,
+    Qcow2(qcow2::Header),
+}
+
+/// A run of the guest's bytes that are stored in one way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Where it begins on the disk, in bytes.
+    pub guest: u64,
+    /// How long it is, in bytes.
+    pub length: u64,
+    /// How it is stored.
+    pub content: Content,
+}
+
+/// How the bytes of an extent are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// Not at all: they are zero.
+    Zero,
+    /// As they are, at this offset of the image; what lies past the image's end is zero.
+    Plain {
+        /// Offset in the image, in bytes.
+        stored: u64,
+    },
+    /// One compressed cluster.
+    Compressed {
+        /// Offset in the image, in bytes.
+        stored: u64,
+        /// How many bytes at most, rounded up to sectors, so that they may pass the image's end.
+        stored_length: u64,
+    },
+}
+
+/// The cheap gate: checks the header, its extensions and the first level of tables, by a few small reads.
+///
+/// # Errors
+/// `image_type_mismatch`, `image_invalid` or `image_refused`, with what is wrong; or what reading gives.
+pub fn inspect(bytes: &dyn Bytes, declared: ImageFormat) -> Result<Header> {
+    magic::check(bytes, declared)?;
+    let (virtual_size, layout) = match declared {
+        ImageFormat::Raw => (bytes.len(), Layout::Raw),
+        ImageFormat::Qcow2 => {
+            let header = qcow2::Header::read(bytes)?;
+            (header.virtual_size, Layout::Qcow2(header))
+        }
+    };
+    if virtual_size > VIRTUAL_SIZE_LIMIT {
+        return Err(Error::new(
+            ErrorCode::ImageRefused,
+            format!(
+                "{} has a virtual size of {virtual_size} bytes; at most {VIRTUAL_SIZE_LIMIT} are accepted",
+                bytes.name()
+            ),
+        ));
+    }
+    if let Layout::Qcow2(header) = &layout {
+        qcow2::check_first_level(bytes, header)?;
+    }
+    Ok(Header { format: declared, virtual_size, stored_size: bytes.len(), layout })
+}
+
+/// An image that passed the whole gate.
+pub struct Image {
+    bytes: Arc<dyn Bytes>,
+    header: Header,
+    data_bytes: u64,
+}
+
+impl Image {
+    /// The whole gate: [`inspect`], then every table, in constant memory.
+    ///
+    /// # Errors
+    /// As [`inspect`].
+    pub fn open(bytes: Arc<dyn Bytes>, declared: ImageFormat) -> Result<Self> {
+        let header = inspect(&*bytes, declared)?;
+        let data_bytes = match &header.layout {
+            Layout::Raw => raw::data_bytes(&*bytes)?,
+            Layout::Qcow2(header) => qcow2::check(&*bytes, header)?,
+        };
+        Ok(Self { bytes, header, data_bytes })
+    }
+
+    /// [`open`](Self::open) for a local file.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), and `input_output`.
+    pub fn open_file(path: &Path, declared: ImageFormat) -> Result<Self> {
+        Self::open(Arc::new(FileBytes::open(path)?), declared)
+    }
+
+    /// What the header says.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// The format.
+    pub fn format(&self) -> ImageFormat {
+        self.header.format
+    }
+
+    /// The size of the disk, in bytes.
+    pub fn virtual_size(&self) -> u64 {
+        self.header.virtual_size
+    }
+
+    /// The size of the image itself, in bytes.
+    pub fn stored_size(&self) -> u64 {
+        self.header.stored_size
+    }
+
+    /// How many of the guest's bytes are stored; all others are zero.
+    pub fn data_bytes(&self) -> u64 {
+        self.data_bytes
+    }
+
+    /// The extents in guest order, without gaps, up to the virtual size. Tables are read as the iterator goes.
+    pub fn extents(&self) -> Box<dyn Iterator<Item = Result<Extent>> + Send + '_> {
+        match &self.header.layout {
+            Layout::Raw => Box::new(raw::Extents::new(&*self.bytes)),
+            Layout::Qcow2(header) => Box::new(qcow2::Extents::new(&*self.bytes, header)),
+        }
+    }
+
+    /// Extents that are compressed begin on multiples of this many bytes of the disk and are decoded as so many.
+    pub fn cluster_size(&self) -> u64 {
+        match &self.header.layout {
+            Layout::Raw => 512,
+            Layout::Qcow2(header) => header.cluster_size(),
+        }
+    }
+
+    /// Reads an extent, or a part of one that is not compressed, to the begin of `into`. A compressed extent needs room
+    /// for a whole cluster there; what lies behind its length is then undefined.
+    ///
+    /// # Errors
+    /// `image_invalid` when it cannot be decoded, or what reading gives.
+    pub fn read(&self, extent: &Extent, decoder: &mut Decoder, into: &mut [u8]) -> Result<()> {
+        match (extent.content, &self.header.layout) {
+            (Content::Plain { stored }, _) => self.read_plain(stored, &mut into[..extent.length as usize]),
+            (Content::Compressed { .. }, Layout::Qcow2(header)) => {
+                let cluster = &mut into[..header.cluster_size() as usize];
+                decoder.decode(&*self.bytes, header, extent, cluster)
+            }
+            (Content::Zero | Content::Compressed { .. }, _) => {
+                into[..extent.length as usize].fill(0);
+                Ok(())
+            }
+        }
+    }
+
+    fn read_plain(&self, stored: u64, into: &mut [u8]) -> Result<()> {
+        let there = self.header.stored_size.saturating_sub(stored).min(into.len() as u64) as usize;
+        let (data, past_end) = into.split_at_mut(there);
+        past_end.fill(0);
+        if data.is_empty() { Ok(()) } else { self.bytes.read_exact_at(data, stored) }
+    }
+}

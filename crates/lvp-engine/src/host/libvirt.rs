@@ -1,23 +1,250 @@
-//! The connection to libvirt: the `images` storage pool and the disks of active domains.
+//! The connection to libvirt: the storage pool of the image cache, and the disks of active domains.
+//!
+//! Every call opens its own connection in its own thread and gives up after a limit, because a libvirtd that hangs
+//! must not hang a job (libvirt's client has no time-out of its own). It leaves out domain life cycle.
 
-use std::path::PathBuf;
+use std::{
+    path::{Path, PathBuf},
+    sync::{Once, mpsc},
+    thread,
+    time::Duration,
+};
 
-use crate::error::Result;
+use lvp_api::ErrorCode;
+use quick_xml::{Reader, events::Event};
+use virt::{connect::Connect, sys};
+
+use crate::error::{Error, Result};
+
+/// How long libvirt may take for one call. A refresh of a pool with thousands of files takes seconds.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// A disk of an active (running or paused) domain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AttachedDisk {
+    /// The domain's name.
+    pub domain: String,
+    /// The file or device, of the disk itself or of a link in its backing chain.
+    pub path: PathBuf,
+}
+
+/// libvirt at a URI. Holds no connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Libvirt {
+    uri: String,
+}
+
+impl Libvirt {
+    /// libvirt at this URI, such as `qemu:///system`. Connects to nothing yet.
+    pub fn new(uri: impl Into<String>) -> Self {
+        Self { uri: uri.into() }
+    }
+
+    /// The URI.
+    pub fn uri(&self) -> &str {
+        &self.uri
+    }
+
+    /// Whether libvirt answers; gives its version as text. Blocks.
+    pub fn version(&self) -> Result<String> {
+        let number = self.call("asking for the version", |connection| connection.lib_version())?;
+        Ok(format!("{}.{}.{}", number / 1_000_000, number / 1000 % 1000, number % 1000))
+    }
+
+    /// The disks of all active domains. Blocks.
+    pub fn active_disks(&self) -> Result<Vec<AttachedDisk>> {
+        self.call("listing the disks of active domains", |connection| {
+            let mut disks = Vec::new();
+            for domain in connection.list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE)? {
+                // A domain that ends between the list and this has no disks in use.
+                let (Ok(name), Ok(xml)) = (domain.name(), domain.xml_desc(0)) else { continue };
+                for source in disk_sources(&xml) {
+                    let path = match source {
+                        DiskSource::Path(path) => Some(path),
+                        DiskSource::Volume { pool, volume } => connection
+                            .lookup_storage_pool_by_name(&pool)
+                            .and_then(|pool| pool.lookup_storage_vol_by_name(&volume))
+                            .and_then(|volume| volume.path())
+                            .ok(),
+                    };
+                    disks.extend(path.map(|path| AttachedDisk { domain: name.clone(), path: PathBuf::from(path) }));
+                }
+            }
+            Ok(disks)
+        })
+    }
+
+    /// Finds, or defines, and starts the directory pool `name`. Blocks.
+    ///
+    /// A pool of that name is taken with the directory that it has, whatever `path` says. Where another pool already
+    /// has the directory `path`, that one is taken: libvirt refuses two pools on one directory.
+    pub fn ensure_pool(&self, name: &str, path: &Path) -> Result<StoragePool> {
+        let (name, path) = (name.to_owned(), path.to_owned());
+        let libvirt = self.clone();
+        self.call("preparing the storage pool", move |connection| {
+            let wanted = path.to_string_lossy().into_owned();
+            let found = connection
+                .lookup_storage_pool_by_name(&name)
+                .or_else(|_| connection.lookup_storage_pool_by_target_path(&wanted));
+            let pool = match found {
+                Ok(pool) => pool,
+                Err(_) => {
+                    let pool = connection.define_storage_pool_xml(&pool_xml(&name, &wanted), 0)?;
+                    pool.set_autostart(true)?;
+                    pool
+                }
+            };
+            if !pool.is_active()? {
+                pool.create(0)?;
+            }
+            let target = target_path(&pool.xml_desc(0)?).unwrap_or(wanted);
+            Ok(StoragePool { libvirt, name: pool.name()?, path: PathBuf::from(target) })
+        })
+    }
+
+    /// Runs `work` with a fresh connection in its own thread, [`LIMIT`] at most.
+    fn call<T: Send + 'static>(
+        &self,
+        doing: &str,
+        work: impl FnOnce(&Connect) -> Result<T, virt::error::Error> + Send + 'static,
+    ) -> Result<T> {
+        static SILENCE: Once = Once::new();
+        // libvirt prints every error to stderr unless told otherwise.
+        SILENCE.call_once(virt::error::clear_error_callback);
+        let (sender, receiver) = mpsc::channel();
+        let uri = self.uri.clone();
+        thread::spawn(move || {
+            let _ = sender.send(Connect::open(Some(&uri)).and_then(|connection| work(&connection)));
+        });
+        let unavailable = |why: String| {
+            Error::new(ErrorCode::LibvirtUnavailable, format!("{doing} failed: libvirt at {} {why}", self.uri))
+                .hint("check that libvirtd (or virtqemud and virtstoraged) runs: systemctl status libvirtd")
+        };
+        match receiver.recv_timeout(LIMIT) {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(error)) => Err(unavailable(format!("says: {}", error.message()))),
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                Err(unavailable(format!("did not answer within {} s", LIMIT.as_secs())))
+            }
+            Err(mpsc::RecvTimeoutError::Disconnected) => Err(unavailable("broke the connection".to_owned())),
+        }
+    }
+}
 
 /// A started directory pool of libvirt.
 #[derive(Debug, Clone)]
 pub struct StoragePool {
-    /// The connection URI, such as `qemu:///system`.
-    pub uri: String,
-    /// The pool's name, such as `images`.
+    libvirt: Libvirt,
+    /// Its name, such as `images`.
     pub name: String,
     /// Its directory.
     pub path: PathBuf,
 }
 
 impl StoragePool {
-    /// Has libvirt read the directory again. Blocks.
+    /// Has libvirt read the directory again, so that its list of volumes is true. Blocks.
     pub fn refresh(&self) -> Result<()> {
-        Ok(())
+        let name = self.name.clone();
+        self.libvirt.call("refreshing the storage pool", move |connection| {
+            connection.lookup_storage_pool_by_name(&name)?.refresh(0)
+        })
+    }
+}
+
+fn pool_xml(name: &str, path: &str) -> String {
+    let escape = quick_xml::escape::escape;
+    format!("<pool type='dir'><name>{}</name><target><path>{}</path></target></pool>", escape(name), escape(path))
+}
+
+/// Where the bytes of a disk are, as a domain's XML names it.
+#[derive(Debug, PartialEq, Eq)]
+enum DiskSource {
+    Path(String),
+    Volume { pool: String, volume: String },
+}
+
+/// All `<source>` elements inside `<disk>` elements: of the disks and of their backing chains
+/// (libvirt's domain XML format, section "Hard drives, floppy disks, CDROMs").
+fn disk_sources(xml: &str) -> Vec<DiskSource> {
+    let mut reader = Reader::from_str(xml);
+    let mut inside_disk = 0_usize;
+    let mut sources = Vec::new();
+    loop {
+        match reader.read_event() {
+            Ok(Event::Start(element)) if element.name().as_ref() == "disk" => inside_disk += 1,
+            Ok(Event::End(element)) if element.name().as_ref() == "disk" => inside_disk = inside_disk.saturating_sub(1),
+            Ok(Event::Start(element) | Event::Empty(element))
+                if inside_disk > 0 && element.name().as_ref() == "source" =>
+            {
+                let attribute = |name: &str| {
+                    let attribute = element.try_get_attribute(name).ok()??;
+                    Some(attribute.normalized_value(quick_xml::XmlVersion::Implicit1_0).ok()?.into_owned())
+                };
+                if let Some(path) = attribute("file").or_else(|| attribute("dev")) {
+                    sources.push(DiskSource::Path(path));
+                } else if let (Some(pool), Some(volume)) = (attribute("pool"), attribute("volume")) {
+                    sources.push(DiskSource::Volume { pool, volume });
+                }
+            }
+            Ok(Event::Eof) | Err(_) => return sources,
+            Ok(_) => {}
+        }
+    }
+}
+
+/// The text of `<target><path>` in a pool's XML.
+fn target_path(xml: &str) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    struct Pool {
+        target: Target,
+    }
+    #[derive(serde::Deserialize)]
+    struct Target {
+        path: String,
+    }
+    quick_xml::de::from_str::<Pool>(xml).ok().map(|pool| pool.target.path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_disks_of_a_domain_include_its_backing_chain() {
+        let xml = "<domain><devices>
+            <disk type='block' device='disk'><source dev='/dev/vg0/web' index='1'/><backingStore/></disk>
+            <disk type='file'><source file='/srv/a &amp; b.qcow2'><privateData/></source>
+              <backingStore type='file'><format type='raw'/><source file='/srv/base.raw'/></backingStore></disk>
+            <disk type='volume'><source pool='images' volume='x.qcow2'/></disk>
+            <interface type='network'><source network='default'/></interface>
+          </devices></domain>";
+        assert_eq!(
+            disk_sources(xml),
+            [
+                DiskSource::Path("/dev/vg0/web".into()),
+                DiskSource::Path("/srv/a & b.qcow2".into()),
+                DiskSource::Path("/srv/base.raw".into()),
+                DiskSource::Volume { pool: "images".into(), volume: "x.qcow2".into() },
+            ]
+        );
+    }
+
+    #[test]
+    fn libvirt_answers_lists_and_makes_a_pool() {
+        let libvirt = Libvirt::new("test:///default");
+        assert!(!libvirt.version().unwrap().is_empty());
+        libvirt.active_disks().unwrap();
+        let pool = libvirt.ensure_pool("default-pool", Path::new("/elsewhere")).unwrap();
+        assert_eq!((pool.name.as_str(), pool.path.as_path()), ("default-pool", Path::new("/default-pool")));
+        pool.refresh().unwrap();
+        let made = libvirt.ensure_pool("images", Path::new("/srv/a & b")).unwrap();
+        assert_eq!(made.path, Path::new("/srv/a & b"));
+    }
+
+    #[test]
+    fn an_absent_libvirt_is_said_with_its_address() {
+        let error = Libvirt::new("qemu+unix:///system?socket=/nonexistent/sock").version().unwrap_err();
+        assert_eq!(error.code(), ErrorCode::LibvirtUnavailable);
+        assert!(error.chain().contains("/nonexistent/sock"), "{error:?}");
     }
 }

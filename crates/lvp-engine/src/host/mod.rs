@@ -4,3 +4,4 @@
 pub mod block;
 pub mod cmd;
 pub mod libvirt;
+pub mod lock;

@@ -24,7 +24,10 @@ use lvp_api::{Digest, ErrorCode, ImageFormat};
 use rustix::fs::{CWD, FlockOperation, RenameFlags};
 
 use super::sidecar::Sidecar;
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    host::lock::Lock,
+};
 
 /// The directory for everything that is not an image.
 const PRIVATE: &str = ".lvp";
@@ -38,7 +41,7 @@ pub(super) struct Directory {
     path: PathBuf,
     private: PathBuf,
     /// Keeps the lock.
-    _lock: File,
+    _lock: Lock,
 }
 
 impl Directory {
@@ -54,7 +57,7 @@ impl Directory {
             .mode(0o700)
             .create(&private)
             .map_err(|error| Error::io("creating", &private, error))?;
-        let lock = lock(path, &private.join("lock"))?;
+        let lock = Lock::acquire(&private.join("lock"), &format!("the image cache {}", path.display()))?;
         Ok(Self { path: path.to_owned(), private, _lock: lock })
     }
 
@@ -214,27 +217,6 @@ impl Directory {
         std::fs::write(&path, b"lvp")
             .and_then(|()| std::fs::remove_file(&path))
             .map_err(|error| Error::io("writing to", &self.private, error))
-    }
-}
-
-fn lock(directory: &Path, path: &Path) -> Result<File> {
-    let failed = |error| Error::io("locking", path, error);
-    let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(failed)?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => {
-            file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(failed)?;
-            Ok(file)
-        }
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            let mut owner = String::new();
-            let _ = file.read_to_string(&mut owner);
-            Err(Error::new(
-                ErrorCode::StateLocked,
-                format!("the image cache {} is in use by process {}", directory.display(), owner.trim()),
-            )
-            .hint("one lvp process owns a cache: use the running daemon, or another cache directory"))
-        }
-        Err(error) => Err(failed(error.into())),
     }
 }
 

@@ -207,7 +207,7 @@ pub(super) fn cut(error: &reqwest::Error, at: u64, of: &ImageUrl) -> Failure {
 }
 
 /// `<Code>` of an S3 error document, when it looks like one: letters only, so that nothing hostile gets into a log.
-async fn s3_code(mut response: Response) -> Option<String> {
+pub(super) async fn s3_code(mut response: Response) -> Option<String> {
     let mut body = Vec::new();
     while body.len() < ERROR_BODY {
         match response.chunk().await {
@@ -244,7 +244,7 @@ fn causes(error: &reqwest::Error) -> impl Iterator<Item = &(dyn StdError + 'stat
 }
 
 /// The last cause in its own words. The outer ones are wrappers, and the outermost knows the URL.
-fn innermost(error: &reqwest::Error) -> io::Error {
+pub(super) fn innermost(error: &reqwest::Error) -> io::Error {
     let words = causes(error).last().map_or_else(|| "no reason was given".to_owned(), ToString::to_string);
     io::Error::other(words)
 }

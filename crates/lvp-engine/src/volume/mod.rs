@@ -1,1 +1,160 @@
-//! stub
+//! Volumes and the places where they live: one trait, a backend per kind of place, one conformance suite for all.
+//!
+//! A backend makes, finds, tags and removes volumes, and hands out a [`BlockTarget`] to write to. It leaves out
+//! writing, and who uses a volume: `provision` asks `host` for that.
+//!
+//! LVM is the truth about its volumes: what lvp knows of a volume (that it made it, for which job, from which image)
+//! stands in tags on the volume, so there is no inventory to drift.
+
+#[cfg(test)]
+mod conformance;
+mod directory;
+mod lvm;
+mod targets;
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use lvp_api::{Digest, JobId, TargetSpec, VolumeName};
+
+pub use self::{
+    directory::Directory,
+    lvm::Lvm,
+    targets::{DEFAULT, Target, Targets},
+};
+use crate::{
+    error::{Error, Result},
+    host::block::BlockTarget,
+};
+
+/// A volume, as its backend sees it now.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Volume {
+    /// Its name.
+    pub name: VolumeName,
+    /// Its device or file.
+    pub path: PathBuf,
+    /// Its size in bytes.
+    pub size: u64,
+    /// What lvp wrote on it.
+    pub tags: Tags,
+    /// Whether the kernel has the device open, where the backend can tell.
+    pub open: bool,
+    /// Why it cannot take an image whatever its size, such as "it is a thin pool".
+    pub unsuitable: Option<&'static str>,
+}
+
+/// What lvp wrote on a volume.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Tags {
+    /// lvp made this volume.
+    pub made_by_lvp: bool,
+    /// The job that made it.
+    pub job: Option<JobId>,
+    /// The digest of the image that it was last provisioned with.
+    pub image: Option<Digest>,
+}
+
+/// What a backend is like, as data, so that callers never ask which one it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capabilities {
+    /// A new volume takes its whole size at once; otherwise it grows with what is written.
+    pub allocates_whole_size: bool,
+    /// Sizes are multiples of this, rounded up.
+    pub granularity: u64,
+    /// Its devices are LVM's, so libvirt's view of attached disks matters for readiness.
+    pub is_block: bool,
+}
+
+/// Room in a backend, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Space {
+    /// All of it.
+    pub total: u64,
+    /// What new data can take.
+    pub free: u64,
+}
+
+/// A volume to make.
+#[derive(Debug, Clone, Copy)]
+pub struct NewVolume<'a> {
+    /// Its name; nothing of that name exists.
+    pub name: &'a VolumeName,
+    /// Its size in bytes; rounded up to the granularity.
+    pub size: u64,
+    /// The job that makes it.
+    pub job: JobId,
+}
+
+/// A place for volumes. Every method blocks.
+pub trait VolumeBackend: Send + Sync {
+    /// How a user writes this place: `lvm:vg0/pool0`, `dir:/srv`.
+    fn label(&self) -> String;
+
+    /// What it is like.
+    ///
+    /// # Errors
+    /// `target_unavailable` when the place is not there.
+    fn capabilities(&self) -> Result<Capabilities>;
+
+    /// Its room; an error says that it is not usable.
+    ///
+    /// # Errors
+    /// `target_unavailable` when the place is not there.
+    fn space(&self) -> Result<Space>;
+
+    /// All its volumes, made by lvp or not, by name.
+    fn list(&self) -> Result<Vec<Volume>>;
+
+    /// The volume of this name.
+    fn find(&self, name: &VolumeName) -> Result<Option<Volume>>;
+
+    /// Makes a volume with its tags, in one step: it is never there without them.
+    ///
+    /// # Errors
+    /// `insufficient_space`; `file_in_the_way` when the name is taken.
+    fn create(&self, new: &NewVolume<'_>) -> Result<Volume>;
+
+    /// Readies the volume for writing. `fresh`: it was made just now and nothing was written to it.
+    fn target(&self, volume: &Volume, fresh: bool) -> Result<BlockTarget>;
+
+    /// Records which image the volume holds; `None`: none, because it is about to be overwritten.
+    /// On a volume that lvp did not make, other tags stay as they are.
+    fn set_image(&self, volume: &Volume, image: Option<&Digest>) -> Result<()>;
+
+    /// Removes a volume that lvp made; a volume that is gone already is no error.
+    ///
+    /// # Errors
+    /// `volume_not_ours` when lvp did not make it.
+    fn remove(&self, name: &VolumeName) -> Result<()>;
+}
+
+/// How LVM's commands are tried again when another command holds LVM's lock.
+#[derive(Debug, Clone)]
+pub struct LockRetry {
+    /// How often a command is tried again.
+    pub attempts: u32,
+    /// The waits before each; the last one repeats.
+    pub backoff: Vec<Duration>,
+}
+
+/// The backend of a target. `Named` targets are resolved by the caller.
+pub fn backend(spec: &TargetSpec, retry: &LockRetry) -> Result<Arc<dyn VolumeBackend>> {
+    match spec {
+        TargetSpec::Lvm { volume_group, thin_pool } => {
+            Ok(Arc::new(Lvm::new(volume_group.clone(), thin_pool.clone(), retry.clone())))
+        }
+        TargetSpec::Directory { path } => Ok(Arc::new(Directory::new(path.clone()))),
+        TargetSpec::Named(name) => Err(Error::internal(format!("target '{name}' was not resolved"))),
+    }
+}
+
+/// The refusal to remove what lvp did not make.
+fn not_ours(name: &VolumeName, label: &str) -> Error {
+    Error::new(
+        lvp_api::ErrorCode::VolumeNotOurs,
+        format!("volume {name} in {label} was not made by lvp, so lvp does not remove it"),
+    )
+    .hint("remove it with the tool that made it, after checking what it holds")
+    .detail("volume", name.as_str())
+    .detail("target", label)
+}

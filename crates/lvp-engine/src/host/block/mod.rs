@@ -1,6 +1,17 @@
-//! Block devices and raw files as targets of a copy: who uses them, and writing, zeroing and syncing them.
+//! Block devices and raw files as targets of a copy: who uses them ([`users_of`]), and writing, zeroing and syncing
+//! them ([`OpenTarget`]).
+//!
+//! It leaves out making and removing them, which is the volume backends' part, and what is written.
+
+mod buffer;
+mod target;
+mod users;
 
 use std::path::PathBuf;
+
+pub use buffer::AlignedBuffer;
+pub use target::{BLOCK, OpenTarget};
+pub use users::users_of;
 
 /// Where a copy goes: what a volume backend hands to `format`, and all that `format` knows of it.
 #[derive(Debug, Clone, PartialEq, Eq)]

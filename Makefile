@@ -1,0 +1,53 @@
+# The project's verbs. Each calls cargo or a script; nothing is decided here.
+# Tests always build the whole workspace: cargo would build third-party crates again for any other choice of packages.
+
+CARGO := cargo
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+TOOLS := scripts/install-tools
+
+.PHONY: help build build-linux run demo test e2e lint format bench schema clean
+
+help: ## List the verbs
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+build: ## Build target/release/lvp
+	$(TOOLS) build
+	$(CARGO) build --release --locked
+
+build-linux: build ## The same: lvp runs on Linux only
+
+run: build ## Build and run the daemon with the environment's settings
+	$(TARGET)/release/lvp serve
+
+demo: ## Show the main job end to end: no root, no LVM, no libvirt daemon, nothing prepared
+	$(TOOLS) test
+	$(CARGO) build --workspace --locked --quiet
+	$(TARGET)/debug/demo
+
+test: ## Run every test that needs no test machine
+	$(TOOLS) test
+	$(CARGO) test --workspace --locked
+
+e2e: build ## Run the scenarios on real LVM, libvirt and MinIO, in a virtual machine
+	$(TOOLS) all
+	$(CARGO) xtask bed build
+	$(CARGO) xtask minio build
+	scripts/e2e
+
+lint: ## Check format, lints and documentation
+	$(TOOLS) build
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --all-features --locked --quiet -- -D warnings
+
+format: ## Format the code
+	$(CARGO) fmt --all
+
+bench: ## Measure against qemu-img; prints ratios
+	$(TOOLS) test
+	$(CARGO) bench --workspace --locked --features lvp-engine/bench --bench populate
+
+schema: ## Write what is generated from the code and committed: schema/, docs/reference
+	UPDATE=1 $(CARGO) test --workspace --locked --test generated
+
+clean: ## Remove what was built
+	$(CARGO) clean

@@ -1,0 +1,149 @@
+//! `lvp serve` in the test machine, and its HTTP API as a user of curl sees it.
+//!
+//! It knows paths and JSON, none of lvp's types. It leaves out what an answer ought to be.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use xtask::process;
+
+use crate::{
+    bed::BINARY,
+    vm::{Process, Response, Vm},
+};
+
+/// How long it may take to come up.
+const START: Duration = Duration::from_secs(60);
+/// How long to leave it alone between two looks at a job: a look costs the emulated machine a tenth of a second.
+const POLL: Duration = Duration::from_millis(50);
+
+/// A running daemon. Dropping it kills it; its state and cache stay until the scenario ends.
+pub struct Product<'vm> {
+    /// Its process: `kill_9`, `stop`, `log`, `id`.
+    pub process: Process<'vm>,
+    vm: &'vm Vm,
+    environment: Vec<(String, String)>,
+}
+
+impl<'vm> Product<'vm> {
+    /// Starts `lvp serve` with this environment and waits until it answers.
+    ///
+    /// # Errors
+    /// It ends, or does not answer; the error quotes its log.
+    pub fn start(vm: &'vm Vm, name: &str, environment: Vec<(String, String)>) -> Result<Self> {
+        let process = vm.spawn(name, &environment, &[BINARY, "serve"])?;
+        let product = Self { process, vm, environment };
+        product.wait_until_alive()?;
+        Ok(product)
+    }
+
+    /// Starts it again, with the same environment, state and cache, after it was killed or stopped.
+    ///
+    /// # Errors
+    /// As [`Product::start`]; or it runs.
+    pub fn start_again(&self) -> Result<()> {
+        self.process.start_again()?;
+        self.wait_until_alive()
+    }
+
+    fn wait_until_alive(&self) -> Result<()> {
+        let answer = process::until(START, || match self.get("/livez") {
+            Ok(response) => (response.status == 200).then_some(true),
+            Err(_) => (!self.process.is_running().unwrap_or(true)).then_some(false),
+        });
+        ensure!(answer == Some(true), "lvp serve did not come up; its log:\n{}", self.process.log()?);
+        Ok(())
+    }
+
+    /// GET of a path.
+    ///
+    /// # Errors
+    /// There is no answer.
+    pub fn get(&self, path: &str) -> Result<Response> {
+        self.vm.http("GET", &self.url(path), None)
+    }
+
+    /// POST of JSON to a path.
+    ///
+    /// # Errors
+    /// There is no answer.
+    pub fn post(&self, path: &str, body: &Value) -> Result<Response> {
+        self.vm.http("POST", &self.url(path), Some(&body.to_string()))
+    }
+
+    /// DELETE of a path.
+    ///
+    /// # Errors
+    /// There is no answer.
+    pub fn delete(&self, path: &str) -> Result<Response> {
+        self.vm.http("DELETE", &self.url(path), None)
+    }
+
+    /// The URL of a path, in the machine.
+    pub fn url(&self, path: &str) -> String {
+        let port = self.environment.iter().find(|(name, _)| name == "PORT").map_or("8080", |(_, value)| value);
+        format!("http://127.0.0.1:{port}{path}")
+    }
+
+    /// Asks for a provision that must be accepted, and returns the job's id.
+    ///
+    /// # Errors
+    /// It is not accepted with 202 and a `job_id`.
+    pub fn provision(&self, request: &Value) -> Result<String> {
+        let response = self.post("/api/v1/provision", request)?;
+        ensure!(response.status == 202, "not accepted: {} {}", response.status, response.body);
+        Ok(response.json()?["job_id"].as_str().context("no job_id")?.to_owned())
+    }
+
+    /// A job as the API shows it.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub fn job(&self, id: &str) -> Result<Value> {
+        let response = self.get(&format!("/api/v1/jobs/{id}"))?;
+        ensure!(response.status == 200, "job {id}: {} {}", response.status, response.body);
+        response.json()
+    }
+
+    /// Waits until a job satisfies `condition`, `limit` at most, and returns it.
+    ///
+    /// # Errors
+    /// It does not, or ended (completed, failed, cancelled) without.
+    pub fn job_when(&self, id: &str, limit: Duration, condition: impl Fn(&Value) -> bool) -> Result<Value> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let job = self.job(id)?;
+            if condition(&job) {
+                return Ok(job);
+            }
+            if ended(&job) || Instant::now() >= deadline {
+                bail!("job {id} did not get there: {job:#}");
+            }
+            thread::sleep(POLL);
+        }
+    }
+
+    /// Waits until a job has ended, however it did, and returns it.
+    ///
+    /// # Errors
+    /// It has not ended within `limit`.
+    pub fn job_ended(&self, id: &str, limit: Duration) -> Result<Value> {
+        self.job_when(id, limit, ended)
+    }
+
+    /// Waits until a job has completed, and returns it.
+    ///
+    /// # Errors
+    /// It failed, was cancelled, or has not ended within `limit`.
+    pub fn job_completed(&self, id: &str, limit: Duration) -> Result<Value> {
+        self.job_when(id, limit, |job| job["status"] == "completed")
+    }
+}
+
+fn ended(job: &Value) -> bool {
+    ["completed", "failed", "cancelled"].iter().any(|status| job["status"] == *status)
+}

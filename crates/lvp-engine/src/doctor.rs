@@ -1,0 +1,173 @@
+//! Examines a host for `lvp doctor`: tools, permissions, targets, libvirt, cache, object store, clock; each with its fix.
+//!
+//! It takes no lock and changes nothing, so it may run beside a daemon.
+
+use std::{env, os::unix::fs::PermissionsExt, path::Path};
+
+use lvp_api::{ByteSize, Check, HealthStatus, TargetSpec};
+
+use crate::{
+    error::Result,
+    health::check,
+    host::libvirt::Libvirt,
+    image::probe_store,
+    settings::{EngineSettings, LibvirtSetting},
+    task::blocking,
+    volume::{Target, Targets},
+};
+
+/// Everything, in the order in which a host is set up.
+pub async fn examine(settings: &EngineSettings, socket: &Path) -> Vec<Check> {
+    let mut checks = vec![user(settings)];
+    checks.extend(tools(settings));
+    checks.push(directory("state", &settings.state_directory, "LVP_STATE_DIR"));
+    checks.push(match &settings.cache_directory {
+        Some(path) => directory("cache", path, "LVP_CACHE_DIR"),
+        None => seen("cache", HealthStatus::Healthy, "in libvirt's pool 'images', or below the state directory", None),
+    });
+    checks.push(libvirt(settings).await);
+    let targets = Targets::new(settings.targets.clone(), settings.lock_retry.clone());
+    match targets.all() {
+        Ok(all) => {
+            for (name, found) in all {
+                checks.push(target(&name, found).await);
+            }
+        }
+        Err(error) => checks.push(check("targets", Err(error))),
+    }
+    checks.extend(store(settings).await);
+    checks.push(daemon(socket));
+    checks
+}
+
+fn seen(name: &str, status: HealthStatus, message: impl Into<String>, hint: Option<&str>) -> Check {
+    Check { name: name.to_owned(), status, message: message.into(), hint: hint.map(str::to_owned) }
+}
+
+fn uses_lvm(settings: &EngineSettings) -> bool {
+    settings.targets.values().any(|target| matches!(target, TargetSpec::Lvm { .. }))
+}
+
+fn user(settings: &EngineSettings) -> Check {
+    if rustix::process::geteuid().is_root() {
+        return seen("user", HealthStatus::Healthy, "root", None);
+    }
+    if uses_lvm(settings) {
+        return seen(
+            "user",
+            HealthStatus::Unhealthy,
+            "not root, and a target is LVM",
+            Some("run lvp as root: LVM's commands need it"),
+        );
+    }
+    seen("user", HealthStatus::Healthy, "not root, and no target needs it", None)
+}
+
+/// The programs that the targets need, with the packages that bring them.
+fn tools(settings: &EngineSettings) -> Vec<Check> {
+    if !uses_lvm(settings) {
+        return Vec::new();
+    }
+    let found = |program: &&str| {
+        let path = env::var_os("PATH").unwrap_or_default();
+        !env::split_paths(&path).any(|folder| {
+            folder.join(program).metadata().is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
+        })
+    };
+    let missing: Vec<&str> = ["vgs", "lvs", "lvcreate", "lvchange", "lvremove"].into_iter().filter(found).collect();
+    vec![if missing.is_empty() {
+        seen("tools", HealthStatus::Healthy, "LVM's commands are there", None)
+    } else {
+        let hint = "apt install lvm2 (and look whether /usr/sbin is in PATH)";
+        seen("tools", HealthStatus::Unhealthy, format!("missing: {}", missing.join(", ")), Some(hint))
+    }]
+}
+
+fn directory(name: &str, path: &Path, variable: &str) -> Check {
+    let existing = path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    let may_write = rustix::fs::access(existing, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK).is_ok();
+    if !may_write {
+        let hint = format!("set {variable} to a directory that this user may write to, or run lvp as its owner");
+        return seen(name, HealthStatus::Unhealthy, format!("{} is not writable", existing.display()), Some(&hint));
+    }
+    let free = rustix::fs::statvfs(existing).map(|facts| facts.f_bavail * facts.f_frsize).unwrap_or(0);
+    if free < lvp_api::GIB {
+        let hint = format!("free some space, or set {variable} to a larger file system");
+        return seen(name, HealthStatus::Degraded, format!("{}: {} free", path.display(), ByteSize(free)), Some(&hint));
+    }
+    seen(name, HealthStatus::Healthy, format!("{}: writable, {} free", path.display(), ByteSize(free)), None)
+}
+
+async fn libvirt(settings: &EngineSettings) -> Check {
+    let (uri, required) = match &settings.libvirt {
+        LibvirtSetting::Off => {
+            return seen("libvirt", HealthStatus::Healthy, "turned off (LVP_LIBVIRT_URI=none)", None);
+        }
+        LibvirtSetting::Uri(uri) => (uri.clone(), true),
+        LibvirtSetting::Automatic => ("qemu:///system".to_owned(), uses_lvm(settings)),
+    };
+    let answer = blocking(move || Libvirt::new(uri).version()).await;
+    let mut check =
+        check("libvirt", answer.map(|version| (HealthStatus::Healthy, format!("version {version} answers"))));
+    if check.status == HealthStatus::Unhealthy && !required {
+        check.status = HealthStatus::Healthy;
+        check.message = "not there, and no target needs it".to_owned();
+    }
+    check
+}
+
+async fn target(name: &str, target: Target) -> Check {
+    let label = target.backend.label();
+    let space: Result<_> = blocking(move || target.backend.space()).await;
+    let words = space.map(|space| {
+        (HealthStatus::Healthy, format!("{label}: {} of {} free", ByteSize(space.free), ByteSize(space.total)))
+    });
+    check(&format!("target:{name}"), words)
+}
+
+async fn store(settings: &EngineSettings) -> Vec<Check> {
+    let probe = match probe_store(&settings.sources).await {
+        Ok(Some(probe)) => probe,
+        Ok(None) => {
+            return vec![seen(
+                "object store",
+                HealthStatus::Healthy,
+                "none is configured (MINIO_ENDPOINT); http(s) URLs work",
+                None,
+            )];
+        }
+        Err(error) => return vec![check("object store", Err(error))],
+    };
+    let keys = match probe.keys_accepted {
+        None => seen(
+            "object store",
+            HealthStatus::Healthy,
+            "answers; no keys are configured, so only public buckets work",
+            None,
+        ),
+        Some(true) => seen("object store", HealthStatus::Healthy, "answers and takes the keys", None),
+        Some(false) => {
+            let hint = "check MINIO_ACCESS_KEY, MINIO_SECRET_KEY and MINIO_REGION";
+            seen("object store", HealthStatus::Unhealthy, "answers, but refuses the keys", Some(hint))
+        }
+    };
+    let clock = match probe.clock_skew {
+        None => seen("clock", HealthStatus::Degraded, "not compared: the store does not say its time", None),
+        Some(skew) if probe.clock_is_wrong() => {
+            let message = format!("{} s apart from the object store's, which refuses signatures then", skew.as_secs());
+            seen("clock", HealthStatus::Unhealthy, message, Some("set the clock: timedatectl set-ntp true"))
+        }
+        Some(skew) => {
+            seen("clock", HealthStatus::Healthy, format!("{} s apart from the object store's", skew.as_secs()), None)
+        }
+    };
+    vec![keys, clock]
+}
+
+fn daemon(socket: &Path) -> Check {
+    if std::os::unix::net::UnixStream::connect(socket).is_ok() {
+        return seen("daemon", HealthStatus::Healthy, format!("answers at {}", socket.display()), None);
+    }
+    let message = format!("none answers at {}; commands do their work themselves", socket.display());
+    seen("daemon", HealthStatus::Healthy, message, None)
+}

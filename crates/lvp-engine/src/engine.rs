@@ -1,0 +1,333 @@
+//! [`Engine`]: the only door for front ends. It puts the parts together at the start and turns each question into calls
+//! of them; it decides nothing itself.
+
+use std::{
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use futures::{Stream, stream};
+use lvp_api::{
+    ErrorCode, Health, Image, ImageVerification, Job, JobId, JobKind, JobList, JobStatus, Plan, PrefetchRequest,
+    ProvisionRequest, Submitted, Volume, VolumeName,
+};
+use tokio::time;
+
+use crate::{
+    error::{Error, Result},
+    health,
+    host::{
+        libvirt::{Libvirt, StoragePool},
+        lock::Lock,
+    },
+    image::{ImageSettings, Images},
+    job::{Execution, Filter, NewJob, Runner, Store},
+    progress::Progress,
+    provision::{self, Context, Order, Services},
+    settings::{Caller, EngineSettings, LibvirtSetting},
+    task::blocking,
+    volume::{Target, Targets},
+};
+
+/// libvirt's pool that holds the cache, as the seed named it.
+const POOL: &str = "images";
+/// Where libvirt keeps images unless told otherwise.
+const POOL_DIRECTORY: &str = "/var/lib/libvirt/images";
+const LIBVIRT_URI: &str = "qemu:///system";
+/// Sockets of the monolithic daemon and of the modular one.
+const LIBVIRT_SOCKETS: [&str; 2] = ["/var/run/libvirt/libvirt-sock", "/var/run/libvirt/virtqemud-sock"];
+/// A watched job's progress is looked at this often.
+const WATCH_INTERVAL: Duration = Duration::from_millis(250);
+/// Running jobs have this long to stop where they are at a shutdown.
+const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(20);
+
+/// The engine. Clones are the same one.
+#[derive(Clone)]
+pub struct Engine {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    services: Arc<Services>,
+    runner: Runner<Context>,
+    store: Store,
+    /// libvirt was asked for, or a target needs it: without it the daemon is not ready.
+    libvirt_required: bool,
+    _lock: Lock,
+}
+
+impl Engine {
+    /// Opens state, cache and targets, settles what an earlier process left, and begins to run jobs.
+    ///
+    /// # Errors
+    /// `state_locked` when another process has the state or the cache; `database_unavailable`; anything that the
+    /// directories' file systems say. A target or libvirt that is not usable is no error here: health tells.
+    pub async fn open(settings: EngineSettings) -> Result<Self> {
+        let state = settings.state_directory.clone();
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&state).map_err(|error| {
+            Error::io("creating", &state, error).hint("set LVP_STATE_DIR to a directory that this user may write to")
+        })?;
+        let lock = Lock::acquire(&state.join("lock"), &format!("the state directory {}", state.display()))?;
+        let store = Store::open(&settings.database.clone().unwrap_or_else(|| state.join("jobs.db")))?;
+        let (libvirt, libvirt_required) = libvirt(&settings);
+        let (directory, pool) = cache_directory(&settings, libvirt.clone()).await;
+        let images = Images::open(ImageSettings {
+            directory,
+            max_bytes: settings.cache_max_bytes,
+            pool,
+            source: settings.sources.clone(),
+        })
+        .await?;
+        let services = Arc::new(Services {
+            images,
+            sources: settings.sources,
+            targets: Targets::new(settings.targets, settings.lock_retry),
+            libvirt,
+            workers: settings.workers,
+        });
+        let for_jobs = Arc::clone(&services);
+        let execution = Execution {
+            context: Box::new(move |stored, progress| Context::new(Arc::clone(&for_jobs), stored, progress)),
+            steps: provision::steps,
+            record: Context::record,
+        };
+        let runner = Runner::new(store.clone(), execution, settings.max_concurrent_jobs, settings.job_history);
+        runner.begin(settings.recovery).await?;
+        Ok(Self { inner: Arc::new(Inner { services, runner, store, libvirt_required, _lock: lock }) })
+    }
+
+    /// Has a volume provisioned. The same idempotency key and request give the same job.
+    pub async fn provision(
+        &self,
+        request: &ProvisionRequest,
+        caller: Caller,
+        idempotency_key: Option<String>,
+    ) -> Result<Submitted> {
+        let order = self.order(request, caller)?;
+        self.submit(JobKind::Provision, &order, idempotency_key).await
+    }
+
+    /// What a provision would do.
+    pub async fn plan(&self, request: &ProvisionRequest, caller: Caller) -> Result<Plan> {
+        let order = self.order(request, caller)?;
+        provision::plan(&self.inner.services, &order).await
+    }
+
+    /// Has an image fetched into the cache.
+    pub async fn prefetch(
+        &self,
+        request: &PrefetchRequest,
+        caller: Caller,
+        idempotency_key: Option<String>,
+    ) -> Result<Submitted> {
+        let order = Order::prefetch(request, &self.inner.services.sources, caller == Caller::Administrator)?;
+        self.submit(JobKind::Prefetch, &order, idempotency_key).await
+    }
+
+    fn order(&self, request: &ProvisionRequest, caller: Caller) -> Result<Order> {
+        let services = &self.inner.services;
+        Order::provision(request, &services.sources, &services.targets, caller == Caller::Administrator)
+    }
+
+    async fn submit(&self, kind: JobKind, order: &Order, idempotency_key: Option<String>) -> Result<Submitted> {
+        let exclusive = match &order.volume {
+            Some(volume) => self.target(Some(&volume.target), Caller::Administrator)?.exclusive_key(&volume.name),
+            // The cache itself sees to it that an image is fetched once.
+            None => format!("image:{}", uuid::Uuid::new_v4()),
+        };
+        let new = NewJob { kind, request: order.to_stored(), exclusive, idempotency_key };
+        let (job_id, _) = self.inner.runner.submit(new).await?;
+        Ok(Submitted { job_id })
+    }
+
+    /// A job.
+    pub async fn job(&self, id: JobId) -> Result<Job> {
+        provision::view_job(self.inner.runner.get(id).await?)
+    }
+
+    /// Jobs, newest first.
+    pub async fn jobs(&self, status: Option<JobStatus>, before: Option<JobId>, limit: u32) -> Result<JobList> {
+        let stored = self.inner.runner.list(Filter { status, before, limit: limit + 1 }).await?;
+        let mut jobs = stored.into_iter().map(provision::view_job).collect::<Result<Vec<_>>>()?;
+        let more = jobs.len() > limit as usize;
+        jobs.truncate(limit as usize);
+        let next = if more { jobs.last().map(|job| job.job_id) } else { None };
+        Ok(JobList { jobs, next })
+    }
+
+    /// Cancels a job.
+    pub async fn cancel(&self, id: JobId) -> Result<Job> {
+        provision::view_job(self.inner.runner.cancel(id).await?)
+    }
+
+    /// A job whenever it changes, until it has ended.
+    pub fn watch(&self, id: JobId) -> impl Stream<Item = Result<Job>> + Send + use<> {
+        let engine = self.clone();
+        let changes = self.inner.runner.changes();
+        stream::unfold((engine, changes, None::<Job>, false), move |(engine, mut changes, last, ended)| async move {
+            if ended {
+                return None;
+            }
+            loop {
+                changes.mark_unchanged();
+                match engine.job(id).await {
+                    Ok(job) if last.as_ref() == Some(&job) => {
+                        let _ = time::timeout(WATCH_INTERVAL, changes.changed()).await;
+                    }
+                    Ok(job) => {
+                        if last.is_some() && !job.status.is_terminal() {
+                            time::sleep(WATCH_INTERVAL).await;
+                        }
+                        let ended = job.status.is_terminal();
+                        return Some((Ok(job.clone()), (engine, changes, Some(job), ended)));
+                    }
+                    Err(error) => return Some((Err(error), (engine, changes, last, true))),
+                }
+            }
+        })
+    }
+
+    /// The cached images.
+    pub async fn images(&self) -> Result<Vec<Image>> {
+        self.inner.services.images.list().await
+    }
+
+    /// A cached image, by name or digest.
+    pub async fn image(&self, name: &str) -> Result<Image> {
+        self.inner.services.images.show(name).await
+    }
+
+    /// Checks a cached image against its digest.
+    pub async fn verify_image(&self, name: &str) -> Result<ImageVerification> {
+        let images = &self.inner.services.images;
+        images.verify(&images.find(name).await?, &Progress::default()).await
+    }
+
+    /// Pins or unpins a cached image.
+    pub async fn pin_image(&self, name: &str, pinned: bool) -> Result<Image> {
+        self.inner.services.images.pin(name, pinned).await
+    }
+
+    /// Deletes a cached image.
+    pub async fn delete_image(&self, name: &str) -> Result<()> {
+        self.inner.services.images.delete(name).await
+    }
+
+    fn target(&self, text: Option<&str>, caller: Caller) -> Result<Target> {
+        self.inner.services.targets.find(text, caller == Caller::Administrator)
+    }
+
+    /// The volumes of a target.
+    pub async fn volumes(&self, target: Option<&str>, caller: Caller) -> Result<Vec<Volume>> {
+        let target = self.target(target, caller)?;
+        blocking(move || {
+            let volumes = target.backend.list()?;
+            Ok(volumes.into_iter().map(|volume| provision::view_volume(volume, &target)).collect())
+        })
+        .await
+    }
+
+    /// A volume, and who uses it.
+    pub async fn volume(&self, name: &str, target: Option<&str>, caller: Caller) -> Result<Volume> {
+        let (name, target) = (volume_name(name)?, self.target(target, caller)?);
+        let (libvirt, holder) =
+            (self.inner.services.libvirt.clone(), self.inner.runner.holder(&target.exclusive_key(&name)));
+        blocking(move || {
+            let volume = target.backend.find(&name)?.ok_or_else(|| no_volume(&name, &target))?;
+            let mut users = holder.map(|id| format!("being written by job {id}")).into_iter().collect::<Vec<_>>();
+            match provision::users(&volume, libvirt.as_ref()) {
+                Ok(found) => users.extend(found),
+                Err(error) => users.push(format!("not known, because {}", error.chain())),
+            }
+            let in_use = (!users.is_empty()).then(|| users.join("; "));
+            Ok(Volume { in_use, ..provision::view_volume(volume, &target) })
+        })
+        .await
+    }
+
+    /// Deletes a volume that lvp made and nothing uses.
+    pub async fn delete_volume(&self, name: &str, target: Option<&str>, force: bool, caller: Caller) -> Result<()> {
+        let (name, target) = (volume_name(name)?, self.target(target, caller)?);
+        if let Some(job) = self.inner.runner.holder(&target.exclusive_key(&name)) {
+            return Err(Error::new(ErrorCode::VolumeInUse, format!("volume {name} is being written by job {job}"))
+                .hint("cancel the job, or wait for its end"));
+        }
+        let libvirt = self.inner.services.libvirt.clone();
+        blocking(move || {
+            let volume = target.backend.find(&name)?.ok_or_else(|| no_volume(&name, &target))?;
+            if volume.tags.made_by_lvp && !force {
+                return Err(Error::new(ErrorCode::ForceRequired, format!("deleting volume {name} loses its content"))
+                    .hint("say force=true (on the command line: --force)"));
+            }
+            provision::refuse_in_use(&volume, libvirt.as_ref())?;
+            target.backend.remove(&name)
+        })
+        .await
+    }
+
+    /// The health of everything that jobs need.
+    pub async fn health(&self) -> Health {
+        health::look(&self.inner.services, &self.inner.store, self.inner.libvirt_required, self.inner.runner.running())
+            .await
+    }
+
+    /// Stops: no new jobs; running ones stop where they are, as recorded.
+    pub async fn shutdown(&self) {
+        self.inner.runner.shutdown(SHUTDOWN_PATIENCE).await;
+    }
+}
+
+fn volume_name(text: &str) -> Result<VolumeName> {
+    text.parse().map_err(|invalid| Error::invalid(ErrorCode::InvalidVolumeName, &invalid))
+}
+
+fn no_volume(name: &VolumeName, target: &Target) -> Error {
+    Error::new(ErrorCode::VolumeNotFound, format!("there is no volume {name} in {}", target.backend.label()))
+}
+
+/// libvirt as the settings want it, and whether the daemon is ready only with it.
+fn libvirt(settings: &EngineSettings) -> (Option<Libvirt>, bool) {
+    match &settings.libvirt {
+        LibvirtSetting::Off => (None, false),
+        LibvirtSetting::Uri(uri) => (Some(Libvirt::new(uri.clone())), true),
+        LibvirtSetting::Automatic => {
+            let required = settings.targets.values().any(|target| matches!(target, lvp_api::TargetSpec::Lvm { .. }));
+            let there =
+                LIBVIRT_SOCKETS.iter().any(|socket| rustix::fs::access(*socket, rustix::fs::Access::WRITE_OK).is_ok());
+            ((required || there).then(|| Libvirt::new(LIBVIRT_URI)), required)
+        }
+    }
+}
+
+/// The cache's directory, and the libvirt pool that it is, if it is one.
+async fn cache_directory(settings: &EngineSettings, libvirt: Option<Libvirt>) -> (PathBuf, Option<StoragePool>) {
+    let wanted = settings.cache_directory.clone().unwrap_or_else(|| PathBuf::from(POOL_DIRECTORY));
+    let fallback = settings.cache_directory.clone().unwrap_or_else(|| settings.state_directory.join("images"));
+    let Some(libvirt) = libvirt else { return (fallback, None) };
+    let path = wanted.clone();
+    let pool = blocking(move || {
+        std::fs::create_dir_all(&path).map_err(|error| Error::io("creating", &path, error))?;
+        libvirt.ensure_pool(POOL, &path)
+    });
+    match pool.await {
+        Ok(pool) if !is_writable(&pool.path) => {
+            tracing::info!(pool = pool.name, path = %pool.path.display(), "the storage pool is not writable; images are cached elsewhere");
+            (fallback, None)
+        }
+        Ok(pool) if settings.cache_directory.is_none() || pool.path == wanted => (pool.path.clone(), Some(pool)),
+        Ok(pool) => {
+            tracing::info!(pool = pool.name, path = %pool.path.display(), "the storage pool is elsewhere; the configured cache directory is used as it is");
+            (fallback, None)
+        }
+        Err(error) => {
+            tracing::warn!(error = %error.chain(), directory = %fallback.display(), "no storage pool for the image cache; a plain directory is used");
+            (fallback, None)
+        }
+    }
+}
+
+fn is_writable(path: &Path) -> bool {
+    rustix::fs::access(path, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK).is_ok()
+}

@@ -1,0 +1,210 @@
+//! A target opened for writing: positioned writes past the page cache where the target takes them, zeroing by the
+//! device or file system where it can, and the final flush.
+//!
+//! It leaves out reading: nothing is ever read back from a target, so two writers need only keep to different blocks.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Seek, SeekFrom},
+    os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt},
+    path::PathBuf,
+    sync::atomic::{AtomicU8, Ordering},
+};
+
+use lvp_api::ErrorCode;
+use rustix::{
+    fs::{FallocateFlags, OFlags, fallocate, ioctl_blksszget},
+    io::Errno,
+};
+
+use super::{BlockTarget, users_of};
+use crate::error::{Error, Result};
+
+/// Writes begin on multiples of this many bytes, and end on one or at the target's end. It is the largest logical
+/// block size in use, and the page size of the page cache.
+pub const BLOCK: usize = 4096;
+
+/// A device zeroes at most this much in one call, so that a cancel is seen within a second even where it does so by
+/// writing.
+const DEVICE_PIECE: u64 = 32 << 20;
+/// A file system only notes that a range is zero, which is quick.
+const FILE_PIECE: u64 = 1 << 30;
+/// Zeros are written this much at a time.
+const WRITTEN_PIECE: u64 = 1 << 20;
+
+/// Ways to zero a range, best first: the first that the target takes is kept.
+///
+/// A device: ZERO_RANGE is BLKZEROOUT (the kernel writes zeros where the device has no command for it), PUNCH_HOLE is
+/// the same with unmapping, and fails where the device cannot promise zeros (fallocate(2), block/fops.c).
+const DEVICE_WAYS: [Way; 3] = [Way::Range, Way::Punch, Way::Write];
+/// A file: a hole costs nothing; ZERO_RANGE keeps the blocks.
+const FILE_WAYS: [Way; 3] = [Way::Punch, Way::Range, Way::Write];
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Range,
+    Punch,
+    Write,
+}
+
+/// A block device or raw file that is being written. Shared by threads that write different blocks.
+pub struct OpenTarget {
+    path: PathBuf,
+    size: u64,
+    device: bool,
+    /// Past the page cache; none where the target does not take that.
+    direct: Option<File>,
+    /// Through the page cache: the last partial block, and everything where there is no `direct`.
+    plain: File,
+    /// How many entries of the ways to zero were found not to work.
+    ways_lost: AtomicU8,
+}
+
+impl OpenTarget {
+    /// Opens what exists, claiming a device for ourselves (O_EXCL). Nothing is created, cut or changed.
+    ///
+    /// # Errors
+    /// `volume_in_use` when a device is claimed by someone else, `volume_incompatible` when it has not the size that
+    /// `target` says, `input_output` when it is neither a file nor a block device or cannot be opened.
+    pub fn open(target: &BlockTarget) -> Result<Self> {
+        let path = &target.path;
+        let kind = path.metadata().map_err(|error| Error::io("opening", path, error))?.file_type();
+        let device = kind.is_block_device();
+        if !device && !kind.is_file() {
+            return Err(Error::new(
+                ErrorCode::InputOutput,
+                format!("{} cannot be written: it is neither a block device nor a file", path.display()),
+            ));
+        }
+        // The first descriptor holds the claim of a device; a second one without O_EXCL is let in beside it.
+        let claim = if device { OFlags::EXCL } else { OFlags::empty() };
+        let mut plain = open_with(target, claim).map_err(|error| not_opened(target, error))?;
+        let size = plain.seek(SeekFrom::End(0)).map_err(|error| Error::io("finding the size of", path, error))?;
+        if size != target.size {
+            return Err(Error::new(
+                ErrorCode::VolumeIncompatible,
+                format!("{} has {size} bytes where {} were expected", path.display(), target.size),
+            ));
+        }
+        let fits = !device || ioctl_blksszget(&plain).is_ok_and(|block| block as usize <= BLOCK);
+        let direct = if fits { open_with(target, OFlags::DIRECT).ok() } else { None };
+        Ok(Self { path: path.clone(), size, device, direct, plain, ways_lost: AtomicU8::new(0) })
+    }
+
+    /// The size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Writes `bytes`, which lie in an [`AlignedBuffer`](super::AlignedBuffer) at a multiple of [`BLOCK`], at `offset`,
+    /// a multiple of [`BLOCK`]. Their number is a multiple too, but at the target's end.
+    ///
+    /// # Errors
+    /// `input_output`; `internal` for a range that is not aligned or passes the target's end.
+    pub fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        self.bounds(offset, bytes.len() as u64)?;
+        let whole = bytes.len() - bytes.len() % BLOCK;
+        let (blocks, rest) = bytes.split_at(whole);
+        self.write_blocks(blocks, offset)
+            .and_then(|()| self.plain.write_all_at(rest, offset + whole as u64))
+            .map_err(|error| Error::io("writing", &self.path, error).detail("offset", offset))
+    }
+
+    /// Makes `length` bytes from `offset` read as zero. Same bounds as [`write_at`](Self::write_at). `check` is asked
+    /// before every piece; its error ends the work.
+    ///
+    /// # Errors
+    /// What `check` gives; `input_output`; `internal` for a range that is not aligned or passes the target's end.
+    pub fn zero(&self, offset: u64, length: u64, check: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        self.bounds(offset, length)?;
+        let end = offset + length;
+        let mut at = offset;
+        while at < end {
+            check()?;
+            let piece = (end - at).min(if self.device { DEVICE_PIECE } else { FILE_PIECE });
+            at += self.zero_piece(at, piece).map_err(|error| Error::io("zeroing", &self.path, error))?;
+        }
+        Ok(())
+    }
+
+    /// Flushes to stable storage.
+    ///
+    /// # Errors
+    /// `input_output`: a write that was accepted before may be lost.
+    pub fn sync(&self) -> Result<()> {
+        self.plain.sync_data().map_err(|error| Error::io("flushing", &self.path, error))
+    }
+
+    /// Zeroes up to `length` bytes in the best way that works, and says how many.
+    fn zero_piece(&self, offset: u64, length: u64) -> io::Result<u64> {
+        loop {
+            let lost = self.ways_lost.load(Ordering::Relaxed);
+            let ways = if self.device { DEVICE_WAYS } else { FILE_WAYS };
+            let mode = match ways[usize::from(lost).min(ways.len() - 1)] {
+                Way::Range => FallocateFlags::ZERO_RANGE,
+                Way::Punch => FallocateFlags::PUNCH_HOLE,
+                Way::Write => return self.write_zeros(offset, length.min(WRITTEN_PIECE)),
+            };
+            match fallocate(&self.plain, mode | FallocateFlags::KEEP_SIZE, offset, length) {
+                Ok(()) => return Ok(length),
+                Err(Errno::INTR) => {}
+                Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::PERM) => {
+                    // Another thread may have found the same: then the next way is already taken.
+                    let _ = self.ways_lost.compare_exchange(lost, lost + 1, Ordering::Relaxed, Ordering::Relaxed);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Writes whole blocks, past the page cache where that works.
+    fn write_blocks(&self, blocks: &[u8], offset: u64) -> io::Result<()> {
+        let Some(direct) = &self.direct else { return self.plain.write_all_at(blocks, offset) };
+        match direct.write_all_at(blocks, offset) {
+            // A file system may take the flag at open and refuse it here.
+            Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {
+                self.plain.write_all_at(blocks, offset)
+            }
+            other => other,
+        }
+    }
+
+    fn write_zeros(&self, offset: u64, length: u64) -> io::Result<u64> {
+        let zeros = super::AlignedBuffer::new(usize::try_from(length).map_err(io::Error::other)?);
+        let (blocks, rest) = zeros.split_at(zeros.len() - zeros.len() % BLOCK);
+        self.write_blocks(blocks, offset)?;
+        self.plain.write_all_at(rest, offset + blocks.len() as u64)?;
+        Ok(length)
+    }
+
+    fn bounds(&self, offset: u64, length: u64) -> Result<()> {
+        let block = BLOCK as u64;
+        let inside = offset.checked_add(length).is_some_and(|end| {
+            end <= self.size && offset.is_multiple_of(block) && (end.is_multiple_of(block) || end == self.size)
+        });
+        if inside {
+            return Ok(());
+        }
+        Err(Error::internal(format!(
+            "a write of {length} bytes at {offset} does not fit the {} bytes of {}",
+            self.size,
+            self.path.display()
+        )))
+    }
+}
+
+fn open_with(target: &BlockTarget, flags: OFlags) -> io::Result<File> {
+    OpenOptions::new().write(true).custom_flags(flags.bits().cast_signed()).open(&target.path)
+}
+
+fn not_opened(target: &BlockTarget, error: io::Error) -> Error {
+    let path = &target.path;
+    if error.raw_os_error() != Some(Errno::BUSY.raw_os_error()) {
+        return Error::io("opening", path, error);
+    }
+    let users = users_of(path).unwrap_or_default();
+    let by = if users.is_empty() { String::new() } else { format!(": {}", users.join("; ")) };
+    Error::new(ErrorCode::VolumeInUse, format!("{} is in use{by}", path.display()))
+        .hint("unmount it, detach it from its domain, or stop the program that uses it, then try again")
+        .detail("users", users)
+}

@@ -1,0 +1,174 @@
+//! Who uses a block device or a raw file now, as sentences for a person.
+//!
+//! All of it is read from /proc and /sys. What vanishes while it is looked at was not a user. It leaves out other
+//! hosts, and processes that this one may not look into (when it does not run as root).
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    fs,
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::{OFlags, major, minor},
+    io::Errno,
+};
+
+use crate::error::{Error, Result};
+
+/// What is looked for: a device by its number, a file by its place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Subject {
+    Device(u64),
+    File { device: u64, inode: u64 },
+}
+
+impl Subject {
+    fn of(metadata: &fs::Metadata) -> Self {
+        if metadata.file_type().is_block_device() {
+            Self::Device(metadata.rdev())
+        } else {
+            Self::File { device: metadata.dev(), inode: metadata.ino() }
+        }
+    }
+
+    fn is_at(self, path: &Path) -> bool {
+        path.metadata().is_ok_and(|metadata| Self::of(&metadata) == self)
+    }
+}
+
+/// Who uses the device or file at `path` now: mounts, swap, devices stacked on it (device-mapper, RAID, bcache, loop),
+/// its partitions' users, processes that hold it open (other than this one), and for a device any exclusive claim.
+/// Empty when nobody does.
+///
+/// # Errors
+/// `input_output` when `path` is not there.
+pub fn users_of(path: &Path) -> Result<Vec<String>> {
+    let metadata = path.metadata().map_err(|error| Error::io("examining", path, error))?;
+    let subject = Subject::of(&metadata);
+    let mut users = BTreeSet::new();
+    if let Subject::Device(number) = subject {
+        let directory = PathBuf::from(format!("/sys/dev/block/{}:{}", major(number), minor(number)));
+        stacked(&directory, "it", &mut users);
+        partitions(&directory, &mut users);
+        mounts(number, "it", &mut users);
+    }
+    loops(subject, &mut users);
+    swap(subject, &mut users);
+    processes(subject, &mut users);
+    if users.is_empty() && matches!(subject, Subject::Device(_)) && claimed(path) {
+        users.insert("the kernel or a program holds it exclusively".to_owned());
+    }
+    Ok(users.into_iter().collect())
+}
+
+fn names_in(directory: &Path) -> impl Iterator<Item = String> {
+    fs::read_dir(directory).into_iter().flatten().flatten().filter_map(|entry| entry.file_name().into_string().ok())
+}
+
+/// Devices built on this one.
+fn stacked(directory: &Path, what: &str, users: &mut BTreeSet<String>) {
+    for holder in names_in(&directory.join("holders")) {
+        let mapped = fs::read_to_string(format!("/sys/block/{holder}/dm/name")).unwrap_or_default();
+        let name = if mapped.trim().is_empty() { holder } else { format!("{holder} ({})", mapped.trim()) };
+        users.insert(format!("the device {name} is built on {what}"));
+    }
+}
+
+fn partitions(directory: &Path, users: &mut BTreeSet<String>) {
+    for name in names_in(directory) {
+        let partition = directory.join(&name);
+        let Ok(number) = fs::read_to_string(partition.join("dev")) else { continue };
+        if !partition.join("partition").exists() {
+            continue;
+        }
+        let what = format!("its partition {name}");
+        stacked(&partition, &what, users);
+        if let Some((major, minor)) = number.trim().split_once(':')
+            && let (Ok(major), Ok(minor)) = (major.parse(), minor.parse())
+        {
+            let number = rustix::fs::makedev(major, minor);
+            mounts(number, &what, users);
+            swap(Subject::Device(number), users);
+        }
+    }
+}
+
+/// Mounts of a device in every mount namespace that a process is in.
+fn mounts(device: u64, what: &str, users: &mut BTreeSet<String>) {
+    let mut seen = HashSet::new();
+    let number = format!("{}:{}", major(device), minor(device));
+    for process in names_in(Path::new("/proc")).filter(|name| name.parse::<u32>().is_ok()) {
+        let namespace = fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
+        if namespace.as_ref().is_some_and(|namespace| !seen.insert(namespace.clone())) {
+            continue;
+        }
+        let table = fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap_or_default();
+        for line in table.lines() {
+            if let Some(place) = mounted_at(line, &number, device) {
+                users.insert(format!("{what} is mounted at {place}"));
+            }
+        }
+    }
+}
+
+/// The mount point, if this line of mountinfo (proc(5)) is a mount of the device.
+fn mounted_at(line: &str, number: &str, device: u64) -> Option<String> {
+    let (mount, file_system) = line.split_once(" - ")?;
+    let mut fields = mount.split(' ').skip(2);
+    let same_number = fields.next()? == number;
+    let place = fields.nth(1)?;
+    // Btrfs has numbers of its own: there only the source names the device.
+    let source = file_system.split(' ').nth(1)?;
+    let same = same_number || (source.starts_with("/dev/") && Subject::Device(device).is_at(Path::new(source)));
+    same.then(|| unescaped(place))
+}
+
+/// The kernel writes blanks and backslashes in these tables as octal numbers.
+fn unescaped(text: &str) -> String {
+    text.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
+}
+
+/// Loop devices backed by the file or device.
+fn loops(subject: Subject, users: &mut BTreeSet<String>) {
+    for name in names_in(Path::new("/sys/block")).filter(|name| name.starts_with("loop")) {
+        let Ok(mut file) = fs::read(format!("/sys/block/{name}/loop/backing_file")) else { continue };
+        while file.last() == Some(&b'\n') {
+            file.pop();
+        }
+        if subject.is_at(Path::new(std::ffi::OsStr::from_bytes(&file))) {
+            users.insert(format!("the loop device /dev/{name} is backed by it"));
+        }
+    }
+}
+
+fn swap(subject: Subject, users: &mut BTreeSet<String>) {
+    let table = fs::read_to_string("/proc/swaps").unwrap_or_default();
+    for place in table.lines().skip(1).filter_map(|line| line.split_whitespace().next()) {
+        if subject.is_at(Path::new(&unescaped(place))) {
+            users.insert("it is used as swap".to_owned());
+        }
+    }
+}
+
+/// Processes, other than this one, with a descriptor of the file or device.
+fn processes(subject: Subject, users: &mut BTreeSet<String>) {
+    let own = std::process::id();
+    for process in names_in(Path::new("/proc")).filter_map(|name| name.parse::<u32>().ok()).filter(|id| *id != own) {
+        let directory = PathBuf::from(format!("/proc/{process}/fd"));
+        if names_in(&directory).any(|descriptor| subject.is_at(&directory.join(descriptor))) {
+            let name = fs::read_to_string(format!("/proc/{process}/comm")).unwrap_or_default();
+            users.insert(format!("process {process} ({}) has it open", name.trim()));
+        }
+    }
+}
+
+/// Whether someone holds the device exclusively: a mount that we cannot see, or a program.
+fn claimed(path: &Path) -> bool {
+    let opened = fs::OpenOptions::new().read(true).custom_flags(OFlags::EXCL.bits().cast_signed()).open(path);
+    opened.is_err_and(|error| error.raw_os_error() == Some(Errno::BUSY.raw_os_error()))
+}

@@ -1,0 +1,582 @@
+//! Runs jobs: takes the next from the queue, does its steps in order, each recorded before it acts, and takes them back
+//! when one fails or the user cancels.
+//!
+//! ```text
+//!  submit ─► store ─► queue ─► steps 1 … n ──────────────► completed
+//!                       ▲        │ error, panic ─► undo n … 1 ─► failed
+//!                       │        │ cancel ───────► undo n … 1 ─► cancelled
+//!                       └────────┘ shutdown, crash: recorded as it is, run again at the next start
+//! ```
+//! It leaves out what the steps do. No job is lost between two lines: the database says what is to be done, memory only
+//! what is being done.
+
+use std::{
+    collections::HashMap,
+    panic::AssertUnwindSafe,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use futures::FutureExt;
+use lvp_api::{ErrorCode, JobId, JobKind, JobStatus};
+use serde_json::Value;
+use tokio::sync::{Notify, watch};
+
+use super::{
+    Action, Step,
+    queue::{self, Entry},
+    store::{Filter, NewJob, Store, Stored},
+};
+use crate::{
+    error::{Error, Result},
+    metrics,
+    progress::{Progress, Stop},
+};
+
+/// A job that was interrupted this often is not begun again.
+const MOST_ATTEMPTS: u32 = 5;
+
+/// What the use cases give: how a job's context is made, what its steps are, and what of it is recorded.
+pub struct Execution<C: 'static> {
+    /// Makes the context of a job from what is stored.
+    pub context: Box<dyn Fn(&Stored, Progress) -> Result<C> + Send + Sync>,
+    /// The steps of this kind of job.
+    pub steps: fn(JobKind) -> &'static [Step<C>],
+    /// What of the context is kept with each step.
+    pub record: fn(&C) -> Value,
+}
+
+/// What to do at the start with jobs that a crash or a shutdown left unfinished.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Recovery {
+    /// Run them to their end (a daemon).
+    Resume,
+    /// Take them back and end them as interrupted (a command that has work of its own).
+    Undo,
+    /// Leave them for the next daemon (a command that only looks).
+    Leave,
+}
+
+/// The runner. Clones are the same one.
+pub struct Runner<C: 'static> {
+    inner: Arc<Inner<C>>,
+}
+
+impl<C: 'static> Clone for Runner<C> {
+    fn clone(&self) -> Self {
+        Self { inner: Arc::clone(&self.inner) }
+    }
+}
+
+struct Inner<C: 'static> {
+    store: Store,
+    execution: Execution<C>,
+    limit: usize,
+    keep: u32,
+    live: Mutex<HashMap<JobId, Live>>,
+    wake: Notify,
+    changed: watch::Sender<u64>,
+    stopping: AtomicBool,
+}
+
+struct Live {
+    entry: Entry,
+    progress: Progress,
+}
+
+impl<C: Send + 'static> Runner<C> {
+    /// A runner of `limit` jobs at a time that remembers `keep` ended ones. It runs nothing until [`Runner::begin`].
+    pub fn new(store: Store, execution: Execution<C>, limit: usize, keep: u32) -> Self {
+        let inner = Inner {
+            store,
+            execution,
+            limit,
+            keep,
+            live: Mutex::default(),
+            wake: Notify::new(),
+            changed: watch::channel(0).0,
+            stopping: AtomicBool::new(false),
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Settles what an earlier process left, then runs jobs until [`Runner::shutdown`].
+    pub async fn begin(&self, recovery: Recovery) -> Result<()> {
+        for stored in self.inner.store.unfinished().await? {
+            match recovery {
+                Recovery::Leave => {}
+                Recovery::Resume => {
+                    if stored.status == JobStatus::Running {
+                        tracing::warn!(job_id = %stored.id, attempts = stored.attempts, "job was interrupted and will be resumed");
+                    }
+                    self.inner.store.requeue(stored.id).await?;
+                }
+                Recovery::Undo => self.inner.settle_interrupted(stored).await?,
+            }
+        }
+        let runner = self.clone();
+        let leave_old = recovery == Recovery::Leave;
+        if !leave_old {
+            tokio::spawn(async move { runner.dispatch().await });
+        }
+        Ok(())
+    }
+
+    /// Keeps a job and lets it run in its turn; gives its id, and whether it is new.
+    pub async fn submit(&self, new: NewJob) -> Result<(JobId, bool)> {
+        if self.inner.stopping.load(Ordering::Relaxed) {
+            return Err(Error::new(ErrorCode::ShuttingDown, "the daemon is stopping and takes no new jobs"));
+        }
+        let submitted = self.inner.store.insert(new).await?;
+        self.inner.wake.notify_one();
+        self.inner.announce();
+        Ok(submitted)
+    }
+
+    /// The job as stored, with its progress of this moment.
+    pub async fn get(&self, id: JobId) -> Result<Stored> {
+        Ok(self.inner.with_live_progress(self.inner.store.get(id).await?))
+    }
+
+    /// Jobs, newest first.
+    pub async fn list(&self, filter: Filter) -> Result<Vec<Stored>> {
+        let jobs = self.inner.store.list(filter).await?;
+        Ok(jobs.into_iter().map(|stored| self.inner.with_live_progress(stored)).collect())
+    }
+
+    /// Tells a job to stop. It has ended when its status says so.
+    ///
+    /// # Errors
+    /// `job_finished` when it completed or failed before.
+    pub async fn cancel(&self, id: JobId) -> Result<Stored> {
+        let before = self.inner.store.get(id).await?;
+        match before.status {
+            JobStatus::Cancelled => return Ok(before),
+            JobStatus::Completed | JobStatus::Failed => {
+                return Err(Error::new(ErrorCode::JobFinished, format!("job {id} has {} already", before.status)));
+            }
+            JobStatus::Pending | JobStatus::Running => {}
+        }
+        self.inner.store.request_cancel(id).await?;
+        if let Some(live) = self.inner.live().get(&id) {
+            live.progress.stop(Stop::Cancel);
+        }
+        self.inner.wake.notify_one();
+        self.inner.announce();
+        self.get(id).await
+    }
+
+    /// The job that holds this exclusive key now.
+    pub fn holder(&self, exclusive: &str) -> Option<JobId> {
+        self.inner.live().values().find(|live| live.entry.exclusive == exclusive).map(|live| live.entry.id)
+    }
+
+    /// How many jobs run.
+    pub fn running(&self) -> usize {
+        self.inner.live().len()
+    }
+
+    /// Ticks whenever a job changes its status or its stage.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.inner.changed.subscribe()
+    }
+
+    /// Stops: no new jobs; running ones are left as recorded, to be resumed. Waits for them, `patience` at most.
+    pub async fn shutdown(&self, patience: Duration) {
+        self.inner.stopping.store(true, Ordering::Relaxed);
+        for live in self.inner.live().values() {
+            live.progress.stop(Stop::Shutdown);
+        }
+        self.inner.wake.notify_one();
+        let mut changes = self.changes();
+        let all_stopped = async { while self.running() > 0 && changes.changed().await.is_ok() {} };
+        if tokio::time::timeout(patience, all_stopped).await.is_err() {
+            tracing::warn!(
+                running = self.running(),
+                "jobs did not stop in time; they will be resumed from their record"
+            );
+        }
+    }
+
+    async fn dispatch(&self) {
+        while !self.inner.stopping.load(Ordering::Relaxed) {
+            match self.inner.next().await {
+                Ok(Some(entry)) => self.spawn(entry),
+                Ok(None) => self.inner.wake.notified().await,
+                Err(error) => {
+                    tracing::error!(error = %error.chain(), "the queue cannot be read");
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            }
+        }
+    }
+
+    /// Runs one job in a task of its own. It counts as live from here on, so the next look at the queue sees it.
+    fn spawn(&self, entry: Entry) {
+        let progress = Progress::default();
+        let id = entry.id;
+        self.inner.live().insert(id, Live { entry, progress: progress.clone() });
+        let inner = Arc::clone(&self.inner);
+        tokio::spawn(async move {
+            metrics::job_started();
+            let ended = inner.run(id, progress).await.unwrap_or_else(|error| {
+                tracing::error!(job_id = %id, error = %error.chain(), "the job's end could not be recorded; it will be resumed");
+                None
+            });
+            metrics::job_stopped(ended);
+            inner.live().remove(&id);
+            inner.announce();
+            inner.wake.notify_one();
+        });
+    }
+}
+
+impl<C: Send + 'static> Inner<C> {
+    fn live(&self) -> MutexGuard<'_, HashMap<JobId, Live>> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn announce(&self) {
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    fn with_live_progress(&self, mut stored: Stored) -> Stored {
+        if let Some(live) = self.live().get(&stored.id)
+            && !stored.status.is_terminal()
+        {
+            stored.progress = live.progress.snapshot();
+        }
+        stored
+    }
+
+    async fn next(&self) -> Result<Option<Entry>> {
+        let unfinished = self.store.unfinished().await?;
+        let live = self.live();
+        let pending: Vec<Entry> = unfinished
+            .into_iter()
+            .filter(|stored| stored.status == JobStatus::Pending && !live.contains_key(&stored.id))
+            .map(|stored| Entry { id: stored.id, exclusive: stored.exclusive })
+            .collect();
+        let running: Vec<Entry> = live.values().map(|live| live.entry.clone()).collect();
+        Ok(queue::next(&pending, &running, self.limit).cloned())
+    }
+
+    /// Runs a job to its end, or until it is interrupted (`None`).
+    async fn run(&self, id: JobId, progress: Progress) -> Result<Option<JobStatus>> {
+        let stored = self.store.start(id).await?;
+        if stored.status != JobStatus::Running {
+            return Ok(None);
+        }
+        if stored.cancel_requested {
+            progress.stop(Stop::Cancel);
+        }
+        self.announce();
+        tracing::info!(job_id = %id, kind = %stored.kind, attempt = stored.attempts, "job begins");
+        let mut context = match (self.execution.context)(&stored, progress.clone()) {
+            Ok(context) => context,
+            Err(error) => return self.end(id, &progress, Err(error), stored.record).await.map(Some),
+        };
+        let steps = (self.execution.steps)(stored.kind);
+        let (result, reached) = if stored.attempts > MOST_ATTEMPTS {
+            let error = Error::new(ErrorCode::Interrupted, format!("the job was interrupted {MOST_ATTEMPTS} times"))
+                .hint("see the daemon's log for what ended it; then submit the job again");
+            (Err(error), self.store.steps_started(id).await?)
+        } else {
+            self.forward(id, &mut context, steps, &progress).await
+        };
+        let result = match result {
+            Err(error) if error.code() == ErrorCode::ShuttingDown => {
+                tracing::info!(job_id = %id, "job is interrupted and will be resumed");
+                self.store.requeue(id).await?;
+                return Ok(None);
+            }
+            Err(error) => {
+                let reached = reached.max(self.store.steps_started(id).await?);
+                Err(self.backward(id, &mut context, &steps[..reached.min(steps.len())], error).await)
+            }
+            Ok(()) => Ok(()),
+        };
+        let record = (self.execution.record)(&context);
+        drop(context);
+        self.end(id, &progress, result, record).await.map(Some)
+    }
+
+    /// Does the steps in order; gives how many were started.
+    async fn forward(&self, id: JobId, context: &mut C, steps: &[Step<C>], progress: &Progress) -> (Result<()>, usize) {
+        for (position, step) in steps.iter().enumerate() {
+            let result = async {
+                progress.check()?;
+                self.store.step(id, position, step.name, "started", (self.execution.record)(context)).await?;
+                tracing::debug!(job_id = %id, step = step.name, "step begins");
+                act(step.ensure, context, step.name).await?;
+                self.store.step(id, position, step.name, "done", (self.execution.record)(context)).await
+            };
+            let result = result.await;
+            self.announce();
+            if result.is_err() {
+                return (result, position + 1);
+            }
+        }
+        (Ok(()), steps.len())
+    }
+
+    /// Takes steps back, the last first. What cannot be taken back is named in the error.
+    async fn backward(&self, id: JobId, context: &mut C, steps: &[Step<C>], mut error: Error) -> Error {
+        let mut leftovers = Vec::new();
+        for (position, step) in steps.iter().enumerate().rev() {
+            if let Err(failure) = act(step.undo, context, step.name).await {
+                tracing::error!(job_id = %id, step = step.name, error = %failure.chain(), "step could not be undone");
+                leftovers.push(Value::String(format!("{}: {}", step.name, failure.chain())));
+                continue;
+            }
+            if let Err(failure) =
+                self.store.step(id, position, step.name, "undone", (self.execution.record)(context)).await
+            {
+                tracing::error!(job_id = %id, step = step.name, error = %failure.chain(), "the undoing could not be recorded");
+            }
+        }
+        if !leftovers.is_empty() {
+            error = error.detail("not_undone", Value::Array(leftovers));
+        }
+        error
+    }
+
+    async fn end(&self, id: JobId, progress: &Progress, result: Result<()>, record: Value) -> Result<JobStatus> {
+        let mut snapshot = progress.snapshot();
+        let (status, error) = match result {
+            Ok(()) => (JobStatus::Completed, None),
+            Err(error) if error.code() == ErrorCode::Cancelled => (JobStatus::Cancelled, Some(error)),
+            Err(error) => (JobStatus::Failed, Some(error)),
+        };
+        match &error {
+            Some(error) if status == JobStatus::Failed => {
+                tracing::warn!(job_id = %id, code = %error.code(), retryable = error.retryable(), error = %error.chain(), "job failed");
+            }
+            _ => tracing::info!(job_id = %id, %status, "job ended"),
+        }
+        if status == JobStatus::Completed {
+            snapshot.percent = 100;
+            snapshot.bytes_processed = snapshot.bytes_total;
+        }
+        (snapshot.bytes_per_second, snapshot.seconds_left) = (None, None);
+        self.store.finish(id, status, snapshot, error.map(|error| error.to_body()), record).await?;
+        self.store.prune(self.keep).await?;
+        Ok(status)
+    }
+
+    /// Ends a job that an earlier process left: what never began is cancelled, what began is taken back.
+    async fn settle_interrupted(&self, stored: Stored) -> Result<()> {
+        let progress = Progress::default();
+        let error = Error::new(ErrorCode::Interrupted, "the process that ran the job ended before it")
+            .hint("submit the job again");
+        let mut context = (self.execution.context)(&stored, progress.clone())?;
+        let reached = self.store.steps_started(stored.id).await?;
+        let steps = (self.execution.steps)(stored.kind);
+        let error = self.backward(stored.id, &mut context, &steps[..reached.min(steps.len())], error).await;
+        let record = (self.execution.record)(&context);
+        self.end(stored.id, &progress, Err(error), record).await.map(drop)
+    }
+}
+
+/// Runs an action; a panic in it is an error of the job, not of the daemon.
+async fn act<C>(action: Action<C>, context: &mut C, name: &str) -> Result<()> {
+    AssertUnwindSafe(action(context)).catch_unwind().await.unwrap_or_else(|panic| {
+        let said = panic
+            .downcast_ref::<&str>()
+            .map(|text| (*text).to_owned())
+            .or_else(|| panic.downcast_ref::<String>().cloned());
+        Err(Error::internal(format!("step {name} panicked: {}", said.unwrap_or_default())))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// A job that keeps a list of what was done, in a file that outlives it.
+    struct Diary {
+        path: std::path::PathBuf,
+        fail_at: Option<String>,
+        progress: Progress,
+    }
+
+    impl Diary {
+        fn write(&self, line: &str) {
+            use std::io::Write;
+            let mut file = std::fs::OpenOptions::new().append(true).create(true).open(&self.path).unwrap();
+            writeln!(file, "{line}").unwrap();
+        }
+
+        async fn ensure(&mut self, name: &str) -> Result<()> {
+            self.write(&format!("+{name}"));
+            match self.fail_at.as_deref() {
+                Some(at) if at == name => Err(Error::new(ErrorCode::InputOutput, "the disk is on fire")),
+                Some("panic") if name == "two" => panic!("out of cheese"),
+                Some("hang") if name == "two" => self.progress.until_stopped(std::future::pending::<()>()).await,
+                _ => Ok(()),
+            }
+        }
+    }
+
+    const STEPS: &[Step<Diary>] = &[
+        Step {
+            name: "one",
+            ensure: |diary| Box::pin(diary.ensure("one")),
+            undo: |diary| {
+                Box::pin(async {
+                    diary.write("-one");
+                    Ok(())
+                })
+            },
+        },
+        Step {
+            name: "two",
+            ensure: |diary| Box::pin(diary.ensure("two")),
+            undo: |diary| {
+                Box::pin(async {
+                    diary.write("-two");
+                    Ok(())
+                })
+            },
+        },
+    ];
+
+    struct Bench {
+        directory: tempfile::TempDir,
+        store: Store,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let store = Store::open(&directory.path().join("jobs.db")).unwrap();
+            Self { directory, store }
+        }
+
+        fn runner(&self, fail_at: Option<&str>) -> Runner<Diary> {
+            let (path, fail_at) = (self.directory.path().join("diary"), fail_at.map(str::to_owned));
+            let execution = Execution {
+                context: Box::new(move |_, progress| {
+                    Ok(Diary { path: path.clone(), fail_at: fail_at.clone(), progress })
+                }),
+                steps: |_| STEPS,
+                record: |_| json!({}),
+            };
+            Runner::new(self.store.clone(), execution, 2, 10)
+        }
+
+        fn diary(&self) -> String {
+            std::fs::read_to_string(self.directory.path().join("diary")).unwrap_or_default().replace('\n', " ")
+        }
+    }
+
+    fn job() -> NewJob {
+        NewJob { kind: JobKind::Provision, request: json!({}), exclusive: "volume".into(), idempotency_key: None }
+    }
+
+    async fn until(runner: &Runner<Diary>, id: JobId, wanted: impl Fn(&Stored) -> bool) -> Stored {
+        for _ in 0..1000 {
+            let stored = runner.get(id).await.unwrap();
+            if wanted(&stored) {
+                return stored;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("the job did not come so far in 10 s: {}", runner.get(id).await.unwrap().status);
+    }
+
+    #[tokio::test]
+    async fn steps_run_in_order() {
+        let bench = Bench::new();
+        let runner = bench.runner(None);
+        runner.begin(Recovery::Resume).await.unwrap();
+        let (id, _) = runner.submit(job()).await.unwrap();
+        let stored = until(&runner, id, |stored| stored.status.is_terminal()).await;
+        assert_eq!((stored.status, stored.progress.percent), (JobStatus::Completed, 100));
+        assert_eq!(bench.diary(), "+one +two ");
+    }
+
+    #[tokio::test]
+    async fn a_failed_step_and_those_before_it_are_undone_backwards() {
+        for (fail_at, diary, code) in [
+            ("two", "+one +two -two -one ", ErrorCode::InputOutput),
+            ("one", "+one -one ", ErrorCode::InputOutput),
+            ("panic", "+one +two -two -one ", ErrorCode::Internal),
+        ] {
+            let bench = Bench::new();
+            let runner = bench.runner(Some(fail_at));
+            runner.begin(Recovery::Resume).await.unwrap();
+            let (id, _) = runner.submit(job()).await.unwrap();
+            let stored = until(&runner, id, |stored| stored.status.is_terminal()).await;
+            assert_eq!(stored.status, JobStatus::Failed);
+            assert_eq!(stored.error.unwrap().error, code, "{fail_at}");
+            assert_eq!(bench.diary(), diary, "{fail_at}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_cancelled_job_is_undone_and_stays_cancelled() {
+        let bench = Bench::new();
+        let runner = bench.runner(Some("hang"));
+        runner.begin(Recovery::Resume).await.unwrap();
+        let (id, _) = runner.submit(job()).await.unwrap();
+        until(&runner, id, |_| bench.diary().contains("+two")).await;
+        runner.cancel(id).await.unwrap();
+        let stored = until(&runner, id, |stored| stored.status.is_terminal()).await;
+        assert_eq!(stored.status, JobStatus::Cancelled);
+        assert_eq!(bench.diary(), "+one +two -two -one ");
+        assert_eq!(runner.cancel(id).await.unwrap().status, JobStatus::Cancelled);
+    }
+
+    #[tokio::test]
+    async fn a_shutdown_undoes_nothing_and_the_next_start_resumes() {
+        let bench = Bench::new();
+        let runner = bench.runner(Some("hang"));
+        runner.begin(Recovery::Resume).await.unwrap();
+        let (id, _) = runner.submit(job()).await.unwrap();
+        until(&runner, id, |_| bench.diary().contains("+two")).await;
+        runner.shutdown(Duration::from_secs(10)).await;
+        assert_eq!(bench.diary(), "+one +two ");
+        assert_eq!(runner.submit(job()).await.unwrap_err().code(), ErrorCode::ShuttingDown);
+        let next = bench.runner(None);
+        next.begin(Recovery::Resume).await.unwrap();
+        let stored = until(&next, id, |stored| stored.status.is_terminal()).await;
+        assert_eq!((stored.status, stored.attempts), (JobStatus::Completed, 2));
+        assert_eq!(bench.diary(), "+one +two +one +two ");
+    }
+
+    #[tokio::test]
+    async fn a_command_with_work_of_its_own_takes_back_what_a_crash_left() {
+        let bench = Bench::new();
+        let (id, _) = bench.store.insert(job()).await.unwrap();
+        bench.store.start(id).await.unwrap();
+        bench.store.step(id, 0, "one", "done", json!({})).await.unwrap();
+        let runner = bench.runner(None);
+        runner.begin(Recovery::Leave).await.unwrap();
+        assert_eq!(runner.get(id).await.unwrap().status, JobStatus::Running);
+        runner.begin(Recovery::Undo).await.unwrap();
+        assert_eq!(runner.get(id).await.unwrap().error.unwrap().error, ErrorCode::Interrupted);
+        assert_eq!(bench.diary(), "-one ");
+    }
+
+    #[tokio::test]
+    async fn a_job_that_is_interrupted_again_and_again_is_given_up() {
+        let bench = Bench::new();
+        let (id, _) = bench.store.insert(job()).await.unwrap();
+        for _ in 0..MOST_ATTEMPTS {
+            bench.store.start(id).await.unwrap();
+            bench.store.step(id, 0, "one", "started", json!({})).await.unwrap();
+            bench.store.requeue(id).await.unwrap();
+        }
+        let runner = bench.runner(None);
+        runner.begin(Recovery::Resume).await.unwrap();
+        let stored = until(&runner, id, |stored| stored.status.is_terminal()).await;
+        assert_eq!(stored.error.unwrap().error, ErrorCode::Interrupted);
+        assert_eq!(bench.diary(), "-one ");
+    }
+}

@@ -1,0 +1,426 @@
+//! Jobs in SQLite: every change of a job and of its steps, each in one transaction. It leaves out deciding anything.
+
+use std::{
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use jiff::Timestamp;
+use lvp_api::{ErrorBody, ErrorCode, JobId, JobKind, JobStatus, Progress};
+use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
+use serde_json::Value;
+
+use crate::{
+    db,
+    error::{Error, Result},
+};
+
+/// A job as it is kept.
+#[derive(Debug, Clone)]
+pub struct Stored {
+    /// Its id.
+    pub id: JobId,
+    /// What it does.
+    pub kind: JobKind,
+    /// Where it stands.
+    pub status: JobStatus,
+    /// What was asked; its shape is the use case's own.
+    pub request: Value,
+    /// What the steps found and did; its shape is the use case's own.
+    pub record: Value,
+    /// What no two running jobs may share.
+    pub exclusive: String,
+    /// Whether its user wants it to stop.
+    pub cancel_requested: bool,
+    /// How often it began to run.
+    pub attempts: u32,
+    /// How far it was when it was last recorded.
+    pub progress: Progress,
+    /// Why it failed.
+    pub error: Option<ErrorBody>,
+    /// When it was asked for.
+    pub created_at: Timestamp,
+    /// When it first ran.
+    pub started_at: Option<Timestamp>,
+    /// When this record last changed.
+    pub updated_at: Timestamp,
+    /// When it ended.
+    pub finished_at: Option<Timestamp>,
+}
+
+/// A job to keep.
+#[derive(Debug, Clone)]
+pub struct NewJob {
+    /// What it does.
+    pub kind: JobKind,
+    /// What was asked.
+    pub request: Value,
+    /// What no two running jobs may share.
+    pub exclusive: String,
+    /// The caller's key against doing it twice.
+    pub idempotency_key: Option<String>,
+}
+
+/// Which jobs to list.
+#[derive(Debug, Clone, Default)]
+pub struct Filter {
+    /// Only those with this status.
+    pub status: Option<JobStatus>,
+    /// Only those made before this one.
+    pub before: Option<JobId>,
+    /// This many at most.
+    pub limit: u32,
+}
+
+/// The database of jobs. Clones share it. Every call blocks a worker thread, not the caller's.
+#[derive(Clone)]
+pub struct Store {
+    connection: Arc<Mutex<Connection>>,
+}
+
+const COLUMNS: &str = "id, kind, status, request, record, exclusive, cancel_requested, attempts, progress, error, \
+                       created_at, started_at, updated_at, finished_at";
+
+impl Store {
+    /// Opens the database at `path`.
+    pub fn open(path: &Path) -> Result<Self> {
+        Ok(Self { connection: Arc::new(Mutex::new(db::open(path)?)) })
+    }
+
+    /// Runs `work` in one transaction, on a thread that may block.
+    async fn transact<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let connection = Arc::clone(&self.connection);
+        let done = tokio::task::spawn_blocking(move || {
+            let mut connection = connection.lock().unwrap_or_else(PoisonError::into_inner);
+            let transaction = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+            let value = work(&transaction)?;
+            transaction.commit()?;
+            Ok::<_, rusqlite::Error>(value)
+        });
+        match done.await {
+            Ok(result) => result.map_err(unusable),
+            Err(error) => Err(Error::internal("a database call broke off").source(error)),
+        }
+    }
+
+    /// Whether the database can be written.
+    pub async fn check(&self) -> Result<()> {
+        self.transact(|t| t.pragma_query_value(None, "user_version", |row| row.get::<_, u32>(0)).map(drop)).await
+    }
+
+    /// Keeps a new job and gives its id; or the id of the job that has the same idempotency key already.
+    ///
+    /// # Errors
+    /// `idempotency_conflict` when that job was asked for something else.
+    pub async fn insert(&self, new: NewJob) -> Result<(JobId, bool)> {
+        let id = JobId(uuid::Uuid::now_v7());
+        let request = new.request.clone();
+        let key = new.idempotency_key.clone();
+        let (found, made) = self
+            .transact(move |t| {
+                if let Some(key) = &new.idempotency_key {
+                    let sql = format!("SELECT {COLUMNS} FROM jobs WHERE idempotency_key = ?1");
+                    if let Some(stored) = t.query_row(&sql, [key], read).optional()? {
+                        return Ok((stored, false));
+                    }
+                }
+                t.execute(
+                    "INSERT INTO jobs (id, kind, status, request, exclusive, idempotency_key, created_at, updated_at)
+                     VALUES (?1, ?2, 'pending', ?3, ?4, ?5, ?6, ?6)",
+                    params![
+                        id.to_string(),
+                        new.kind.to_string(),
+                        new.request.to_string(),
+                        new.exclusive,
+                        new.idempotency_key,
+                        now()
+                    ],
+                )?;
+                Ok((get(t, id)?.ok_or(rusqlite::Error::QueryReturnedNoRows)?, true))
+            })
+            .await?;
+        if !made && found.request != request {
+            return Err(Error::new(
+                ErrorCode::IdempotencyConflict,
+                format!("idempotency key '{}' was used for another request", key.unwrap_or_default().escape_debug()),
+            )
+            .hint("use a new key for a new request")
+            .detail("job_id", found.id.to_string()));
+        }
+        Ok((found.id, made))
+    }
+
+    /// The job of this id.
+    ///
+    /// # Errors
+    /// `job_not_found`.
+    pub async fn get(&self, id: JobId) -> Result<Stored> {
+        self.transact(move |t| get(t, id)).await?.ok_or_else(|| {
+            Error::new(ErrorCode::JobNotFound, format!("there is no job {id}"))
+                .hint("ended jobs are kept for a while, then forgotten; `lvp job list` shows those that are known")
+        })
+    }
+
+    /// Jobs, newest first.
+    pub async fn list(&self, filter: Filter) -> Result<Vec<Stored>> {
+        self.transact(move |t| {
+            let sql = format!(
+                "SELECT {COLUMNS} FROM jobs WHERE (?1 IS NULL OR status = ?1) AND (?2 IS NULL OR id < ?2) ORDER BY id DESC LIMIT ?3"
+            );
+            let status = filter.status.map(JobStatus::name);
+            let before = filter.before.map(|id| id.to_string());
+            t.prepare_cached(&sql)?.query_map(params![status, before, filter.limit], read)?.collect()
+        })
+        .await
+    }
+
+    /// Jobs that have not ended, oldest first.
+    pub async fn unfinished(&self) -> Result<Vec<Stored>> {
+        self.transact(|t| {
+            let sql = format!("SELECT {COLUMNS} FROM jobs WHERE status IN ('pending', 'running') ORDER BY id");
+            t.prepare_cached(&sql)?.query_map([], read)?.collect()
+        })
+        .await
+    }
+
+    /// A job begins to run, or to run again.
+    pub async fn start(&self, id: JobId) -> Result<Stored> {
+        self.transact(move |t| {
+            t.execute(
+                "UPDATE jobs SET status = 'running', attempts = attempts + 1, started_at = coalesce(started_at, ?2), updated_at = ?2
+                 WHERE id = ?1 AND status = 'pending'",
+                params![id.to_string(), now()],
+            )?;
+            get(t, id)?.ok_or(rusqlite::Error::QueryReturnedNoRows)
+        })
+        .await
+    }
+
+    /// A job that was interrupted waits for its turn again.
+    pub async fn requeue(&self, id: JobId) -> Result<()> {
+        self.transact(move |t| {
+            t.execute(
+                "UPDATE jobs SET status = 'pending', updated_at = ?2 WHERE id = ?1 AND status = 'running'",
+                params![id.to_string(), now()],
+            )
+            .map(drop)
+        })
+        .await
+    }
+
+    /// Keeps the state of a step together with the job's record: before it acts, after, and when it is undone.
+    pub async fn step(
+        &self,
+        id: JobId,
+        position: usize,
+        name: &'static str,
+        state: &'static str,
+        record: Value,
+    ) -> Result<()> {
+        self.transact(move |t| {
+            t.execute(
+                "INSERT INTO steps (job_id, position, name, state, at) VALUES (?1, ?2, ?3, ?4, ?5)
+                 ON CONFLICT (job_id, position) DO UPDATE SET name = ?3, state = ?4, at = ?5",
+                params![id.to_string(), position as i64, name, state, now()],
+            )?;
+            t.execute(
+                "UPDATE jobs SET record = ?2, updated_at = ?3 WHERE id = ?1",
+                params![id.to_string(), record.to_string(), now()],
+            )
+            .map(drop)
+        })
+        .await
+    }
+
+    /// How many steps, from the first on, were started and not undone.
+    pub async fn steps_started(&self, id: JobId) -> Result<usize> {
+        self.transact(move |t| {
+            t.query_row(
+                "SELECT coalesce(max(position) + 1, 0) FROM steps WHERE job_id = ?1 AND state IN ('started', 'done')",
+                [id.to_string()],
+                |row| row.get::<_, i64>(0),
+            )
+        })
+        .await
+        .map(|count| count as usize)
+    }
+
+    /// A user wants the job to stop. A pending job ends here; gives the job as it is then.
+    pub async fn request_cancel(&self, id: JobId) -> Result<Option<Stored>> {
+        self.transact(move |t| {
+            t.execute(
+                "UPDATE jobs SET cancel_requested = 1, updated_at = ?2,
+                        status = CASE WHEN status = 'pending' AND attempts = 0 THEN 'cancelled' ELSE status END,
+                        finished_at = CASE WHEN status = 'pending' AND attempts = 0 THEN ?2 ELSE finished_at END
+                 WHERE id = ?1 AND status IN ('pending', 'running')",
+                params![id.to_string(), now()],
+            )?;
+            get(t, id)
+        })
+        .await
+    }
+
+    /// A job ends.
+    pub async fn finish(
+        &self,
+        id: JobId,
+        status: JobStatus,
+        progress: Progress,
+        error: Option<ErrorBody>,
+        record: Value,
+    ) -> Result<()> {
+        self.transact(move |t| {
+            let error = error.map(|body| serde_json::to_string(&body).expect("an error body is JSON"));
+            let progress = serde_json::to_string(&progress).expect("progress is JSON");
+            t.execute(
+                "UPDATE jobs SET status = ?2, progress = ?3, error = ?4, record = ?5, updated_at = ?6, finished_at = ?6 WHERE id = ?1",
+                params![id.to_string(), status.name(), progress, error, record.to_string(), now()],
+            )
+            .map(drop)
+        })
+        .await
+    }
+
+    /// Forgets ended jobs, the oldest first, until `keep` are left.
+    pub async fn prune(&self, keep: u32) -> Result<usize> {
+        self.transact(move |t| {
+            t.execute(
+                "DELETE FROM jobs WHERE finished_at IS NOT NULL AND id NOT IN
+                 (SELECT id FROM jobs WHERE finished_at IS NOT NULL ORDER BY id DESC LIMIT ?1)",
+                [keep],
+            )
+        })
+        .await
+    }
+}
+
+fn get(transaction: &Transaction<'_>, id: JobId) -> rusqlite::Result<Option<Stored>> {
+    transaction
+        .prepare_cached(&format!("SELECT {COLUMNS} FROM jobs WHERE id = ?1"))?
+        .query_row([id.to_string()], read)
+        .optional()
+}
+
+fn now() -> String {
+    Timestamp::now().to_string()
+}
+
+fn unusable(error: rusqlite::Error) -> Error {
+    Error::new(ErrorCode::DatabaseUnavailable, "the job database cannot be used")
+        .source(error)
+        .hint("check the space and the permissions of the state directory; volumes are not affected")
+}
+
+/// A row of [`COLUMNS`].
+fn read(row: &Row<'_>) -> rusqlite::Result<Stored> {
+    let bad = |index: usize, error: String| {
+        rusqlite::Error::FromSqlConversionFailure(index, rusqlite::types::Type::Text, error.into())
+    };
+    let json = |index: usize| -> rusqlite::Result<Value> {
+        serde_json::from_str(&row.get::<_, String>(index)?).map_err(|error| bad(index, error.to_string()))
+    };
+    let time = |index: usize| -> rusqlite::Result<Option<Timestamp>> {
+        row.get::<_, Option<String>>(index)?
+            .map(|text| text.parse().map_err(|error: jiff::Error| bad(index, error.to_string())))
+            .transpose()
+    };
+    let required = |index: usize| time(index)?.ok_or_else(|| bad(index, "a time is missing".to_owned()));
+    let parsed = |index: usize| row.get::<_, Option<String>>(index);
+    Ok(Stored {
+        id: row.get::<_, String>(0)?.parse().map_err(|error: lvp_api::Invalid| bad(0, error.0))?,
+        kind: serde_json::from_value(Value::String(row.get(1)?)).map_err(|error| bad(1, error.to_string()))?,
+        status: row.get::<_, String>(2)?.parse().map_err(|error: lvp_api::Invalid| bad(2, error.0))?,
+        request: json(3)?,
+        record: json(4)?,
+        exclusive: row.get(5)?,
+        cancel_requested: row.get(6)?,
+        attempts: row.get(7)?,
+        progress: match parsed(8)? {
+            Some(text) => serde_json::from_str(&text).map_err(|error| bad(8, error.to_string()))?,
+            None => Progress::queued(),
+        },
+        error: parsed(9)?
+            .map(|text| serde_json::from_str(&text).map_err(|error| bad(9, error.to_string())))
+            .transpose()?,
+        created_at: required(10)?,
+        started_at: time(11)?,
+        updated_at: required(12)?,
+        finished_at: time(13)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    async fn store() -> (tempfile::TempDir, Store) {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(&directory.path().join("jobs.db")).unwrap();
+        (directory, store)
+    }
+
+    fn new(volume: &str, key: Option<&str>) -> NewJob {
+        NewJob {
+            kind: JobKind::Provision,
+            request: json!({ "volume": volume }),
+            exclusive: volume.to_owned(),
+            idempotency_key: key.map(str::to_owned),
+        }
+    }
+
+    #[tokio::test]
+    async fn an_idempotency_key_names_one_job() {
+        let (_directory, store) = store().await;
+        let (first, made) = store.insert(new("a", Some("k"))).await.unwrap();
+        assert!(made);
+        assert_eq!(store.insert(new("a", Some("k"))).await.unwrap(), (first, false));
+        assert_eq!(store.insert(new("b", Some("k"))).await.unwrap_err().code(), ErrorCode::IdempotencyConflict);
+        assert_eq!(store.list(Filter { limit: 10, ..Filter::default() }).await.unwrap().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_job_survives_its_store() {
+        let (directory, store) = store().await;
+        let (id, _) = store.insert(new("a", None)).await.unwrap();
+        store.start(id).await.unwrap();
+        store.step(id, 0, "first", "started", json!({"x": 1})).await.unwrap();
+        drop(store);
+        let store = Store::open(&directory.path().join("jobs.db")).unwrap();
+        let job = store.get(id).await.unwrap();
+        assert_eq!((job.status, job.attempts, job.record), (JobStatus::Running, 1, json!({"x": 1})));
+        assert_eq!(store.steps_started(id).await.unwrap(), 1);
+        assert_eq!(store.unfinished().await.unwrap().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn pages_follow_each_other_newest_first() {
+        let (_directory, store) = store().await;
+        let mut ids = Vec::new();
+        for volume in ["a", "b", "c"] {
+            ids.push(store.insert(new(volume, None)).await.unwrap().0);
+        }
+        let first = store.list(Filter { limit: 2, ..Filter::default() }).await.unwrap();
+        assert_eq!(first.iter().map(|job| job.id).collect::<Vec<_>>(), [ids[2], ids[1]]);
+        let second = store.list(Filter { limit: 2, before: Some(ids[1]), ..Filter::default() }).await.unwrap();
+        assert_eq!(second.iter().map(|job| job.id).collect::<Vec<_>>(), [ids[0]]);
+    }
+
+    #[tokio::test]
+    async fn a_pending_job_is_cancelled_at_once_and_old_jobs_are_forgotten() {
+        let (_directory, store) = store().await;
+        let (id, _) = store.insert(new("a", None)).await.unwrap();
+        assert_eq!(store.request_cancel(id).await.unwrap().unwrap().status, JobStatus::Cancelled);
+        let (running, _) = store.insert(new("b", None)).await.unwrap();
+        store.start(running).await.unwrap();
+        let job = store.request_cancel(running).await.unwrap().unwrap();
+        assert_eq!((job.status, job.cancel_requested), (JobStatus::Running, true));
+        assert_eq!(store.prune(0).await.unwrap(), 1);
+        assert_eq!(store.get(id).await.unwrap_err().code(), ErrorCode::JobNotFound);
+        assert!(store.get(running).await.is_ok());
+    }
+}

@@ -1,0 +1,216 @@
+//! What a provision would do, found out without changing anything: the questions that the steps ask, and the dry run
+//! that asks them all.
+
+use std::sync::Arc;
+
+use lvp_api::{ByteSize, ErrorCode, Plan, VolumeAction};
+
+use super::{
+    context::Services,
+    in_use::refuse_in_use,
+    order::{Order, VolumeOrder},
+};
+use crate::{
+    error::{Error, Result},
+    format::{self, Bytes, Header},
+    image::{ImageUrl, Reader, Resolved, Wanted},
+    progress::Progress,
+    task::blocking,
+    volume::{Volume, VolumeBackend},
+};
+
+/// An existing volume is reused when its size differs by no more than one part in this many: ±5 %.
+const SIZE_TOLERANCE: u128 = 20;
+
+/// Asks for the image of an order.
+pub async fn resolve(services: &Services, order: &Order, progress: &Progress) -> Result<Resolved> {
+    let url = ImageUrl::parse(&order.image_url, &services.sources, order.files_allowed)?;
+    let wanted = Wanted { url, format: order.image_type, checksum: order.checksum.clone() };
+    services.images.resolve(&wanted, progress).await
+}
+
+/// Reads the image's header where it is: in the cache, or at the source by a few ranged reads. `None` where the source
+/// cannot do those: the header is then checked when the image is here, still before there is a volume.
+pub async fn inspect(resolved: &Resolved, order: &Order, progress: &Progress) -> Result<Option<Header>> {
+    let declared = order.image_type;
+    let name = order.image_shown.clone();
+    let Some(reader) = resolved.reader(progress)? else { return Ok(None) };
+    blocking(move || format::inspect(&ImageBytes { reader, name }, declared)).await.map(Some)
+}
+
+/// The image where it is, as the bytes that a format is read from.
+struct ImageBytes {
+    reader: Reader,
+    name: String,
+}
+
+impl Bytes for ImageBytes {
+    fn len(&self) -> u64 {
+        self.reader.len()
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        self.reader.read_exact_at(offset, buffer).map_err(|error| match error.downcast::<Error>() {
+            Ok(ours) => ours,
+            Err(error) => Error::new(ErrorCode::InputOutput, format!("reading {} failed", self.name)).source(error),
+        })
+    }
+
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+}
+
+/// Refuses an image that is larger than the volume.
+pub fn fits(virtual_size: u64, volume: &VolumeOrder) -> Result<()> {
+    if virtual_size <= volume.size {
+        return Ok(());
+    }
+    let (image, asked) = (ByteSize(virtual_size), ByteSize(volume.size));
+    Err(Error::new(
+        ErrorCode::ImageTooLarge,
+        format!(
+            "the image's disk of {image} ({virtual_size} bytes) does not fit on volume {} of {asked} ({} bytes)",
+            volume.name, volume.size
+        ),
+    )
+    .hint(format!("ask for a volume of at least {} GiB", virtual_size.div_ceil(lvp_api::GIB)))
+    .detail("image_bytes", virtual_size)
+    .detail("volume_bytes", volume.size))
+}
+
+/// Refuses an existing volume that is not what was asked for.
+pub fn compatible(volume: &Volume, wanted: &VolumeOrder) -> Result<()> {
+    let incompatible = |why: String| {
+        Error::new(ErrorCode::VolumeIncompatible, format!("volume {} exists and {why}", volume.name))
+            .hint("ask for the size that it has, choose another name, or remove the volume")
+            .detail("existing_bytes", volume.size)
+            .detail("asked_bytes", wanted.size)
+    };
+    if let Some(why) = volume.unsuitable {
+        return Err(incompatible(format!("cannot take an image: {why}")));
+    }
+    let difference = u128::from(volume.size.abs_diff(wanted.size));
+    if difference * SIZE_TOLERANCE > u128::from(wanted.size) {
+        return Err(incompatible(format!(
+            "has {} ({} bytes), which is not within 5 % of the asked {} ({} bytes)",
+            ByteSize(volume.size),
+            volume.size,
+            ByteSize(wanted.size),
+            wanted.size
+        )));
+    }
+    Ok(())
+}
+
+/// Refuses a new volume for which there is no room.
+pub fn admit(backend: &dyn VolumeBackend, wanted: &VolumeOrder) -> Result<()> {
+    admit_data(backend, wanted, 0)
+}
+
+/// As [`admit`], when it is known how many bytes the image's data takes.
+pub fn admit_data(backend: &dyn VolumeBackend, wanted: &VolumeOrder, data: u64) -> Result<()> {
+    let (capabilities, space) = (backend.capabilities()?, backend.space()?);
+    let needed = if capabilities.allocates_whole_size {
+        wanted.size.checked_next_multiple_of(capabilities.granularity).unwrap_or(u64::MAX)
+    } else {
+        data
+    };
+    if needed <= space.free {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorCode::InsufficientSpace,
+        format!(
+            "volume {} needs {} in {}, where {} are free",
+            wanted.name,
+            ByteSize(needed),
+            backend.label(),
+            ByteSize(space.free)
+        ),
+    )
+    .hint("remove volumes, extend the volume group, or ask for a smaller volume")
+    .detail("needed_bytes", needed)
+    .detail("free_bytes", space.free))
+}
+
+/// The dry run: every question, nothing changed.
+pub async fn plan(services: &Arc<Services>, order: &Order) -> Result<Plan> {
+    let volume = order.volume.clone().ok_or_else(|| Error::internal("a plan is for a volume"))?;
+    let progress = Progress::default();
+    let resolved = resolve(services, order, &progress).await?;
+    let header = inspect(&resolved, order, &progress).await?;
+    if let Some(header) = &header {
+        fits(header.virtual_size, &volume)?;
+    }
+    let backend = services.targets.find(Some(&volume.spec()?.to_string()), true)?.backend;
+    let libvirt = services.libvirt.clone();
+    let wanted = volume.clone();
+    let (action, size, free, label) = blocking(move || {
+        let free = backend.space()?.free;
+        let found = backend.find(&wanted.name)?;
+        let (action, size) = match &found {
+            Some(existing) => {
+                compatible(existing, &wanted)?;
+                refuse_in_use(existing, libvirt.as_ref())?;
+                (VolumeAction::Reuse, existing.size)
+            }
+            None => {
+                admit(&*backend, &wanted)?;
+                let size = wanted.size.checked_next_multiple_of(backend.capabilities()?.granularity);
+                (VolumeAction::Create, size.unwrap_or(wanted.size))
+            }
+        };
+        Ok((action, size, free, backend.label()))
+    })
+    .await?;
+    Ok(Plan {
+        image_url: order.image_shown.clone(),
+        image_type: order.image_type,
+        image_digest: resolved.expected().cloned(),
+        cache_hit: resolved.cached().is_some(),
+        bytes_to_fetch: if resolved.cached().is_some() { 0 } else { resolved.size().unwrap_or(0) },
+        virtual_size_bytes: header.map(|header| header.virtual_size),
+        volume: volume.name,
+        target: label,
+        volume_action: action,
+        volume_size_bytes: size,
+        target_free_bytes: free,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use lvp_api::{GIB, VolumeName};
+
+    use super::*;
+    use crate::volume::Tags;
+
+    fn wanted(size: u64) -> VolumeOrder {
+        VolumeOrder { name: "web-1".parse().unwrap(), size, target: "lvm:vg0".to_owned() }
+    }
+
+    fn existing(size: u64, unsuitable: Option<&'static str>) -> Volume {
+        let name: VolumeName = "web-1".parse().unwrap();
+        Volume { name, path: PathBuf::from("/dev/vg0/web-1"), size, tags: Tags::default(), open: false, unsuitable }
+    }
+
+    #[test]
+    fn five_percent_is_the_same_size_and_six_is_not() {
+        for (size, same) in [(100, true), (105, true), (95, true), (106, false), (94, false), (0, false)] {
+            assert_eq!(compatible(&existing(size * GIB, None), &wanted(100 * GIB)).is_ok(), same, "{size}");
+        }
+        let error = compatible(&existing(50 * GIB, None), &wanted(100 * GIB)).unwrap_err();
+        assert_eq!(error.code(), ErrorCode::VolumeIncompatible);
+        assert!(error.to_string().contains("50 GiB") && error.to_string().contains("100 GiB"), "{error:?}");
+        assert!(compatible(&existing(100 * GIB, Some("it is a thin pool")), &wanted(100 * GIB)).is_err());
+    }
+
+    #[test]
+    fn an_image_fits_to_the_last_byte() {
+        assert!(fits(GIB, &wanted(GIB)).is_ok());
+        assert_eq!(fits(GIB + 1, &wanted(GIB)).unwrap_err().code(), ErrorCode::ImageTooLarge);
+    }
+}

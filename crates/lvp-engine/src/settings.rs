@@ -1,0 +1,61 @@
+//! What the engine is told at its start. It leaves out where the values come from (flags, environment, a file): the
+//! front ends merge those.
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use lvp_api::TargetSpec;
+
+pub use crate::{
+    image::{Credentials, Secret, SourceSettings, parse_endpoint},
+    job::Recovery,
+    volume::LockRetry,
+};
+
+/// Who asks. It decides whether a request may name files and places of this machine freely.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Caller {
+    /// The owner of the process or of its Unix socket.
+    Administrator,
+    /// Anybody who reaches the API.
+    Anybody,
+}
+
+/// Whether and where to find libvirt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LibvirtSetting {
+    /// `qemu:///system`, where its socket is there or a target needs it.
+    Automatic,
+    /// Here, and it must answer for the daemon to be ready.
+    Uri(String),
+    /// Not at all.
+    Off,
+}
+
+/// All of the engine's settings.
+#[derive(Debug, Clone)]
+pub struct EngineSettings {
+    /// Database, lock and socket.
+    pub state_directory: PathBuf,
+    /// The database, where it is not in the state directory.
+    pub database: Option<PathBuf>,
+    /// The image cache; `None`: the directory of libvirt's `images` pool, or below the state directory.
+    pub cache_directory: Option<PathBuf>,
+    /// The cache's largest size in bytes; `None`: what the file system has.
+    pub cache_max_bytes: Option<u64>,
+    /// How sources are reached.
+    pub sources: SourceSettings,
+    /// The targets, by name; the one called `default` is meant when none is named.
+    pub targets: BTreeMap<String, TargetSpec>,
+    /// How LVM's commands are tried again.
+    pub lock_retry: LockRetry,
+    /// libvirt.
+    pub libvirt: LibvirtSetting,
+    /// Jobs that run at once.
+    pub max_concurrent_jobs: usize,
+    /// Threads that decode and write, for one job.
+    pub workers: usize,
+    /// Ended jobs that are remembered.
+    pub job_history: u32,
+    /// What to do with jobs that an earlier process left.
+    pub recovery: Recovery,
+}

@@ -1,0 +1,128 @@
+//! The configured targets by name, and the ones that an administrator writes out (`lvm:vg0`, `dir:/srv`).
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use lvp_api::{ErrorCode, TargetSpec, VolumeName};
+
+use super::{LockRetry, VolumeBackend, backend};
+use crate::error::{Error, Result};
+
+/// The name of the target that a request means when it names none.
+pub const DEFAULT: &str = "default";
+
+/// All targets.
+pub struct Targets {
+    configured: BTreeMap<String, TargetSpec>,
+    retry: LockRetry,
+}
+
+/// A target that was found: what it is, and its backend.
+#[derive(Clone)]
+pub struct Target {
+    /// What it is, written out.
+    pub spec: TargetSpec,
+    /// How to act on it.
+    pub backend: Arc<dyn VolumeBackend>,
+}
+
+impl Target {
+    /// What no two jobs may work on at once: the volume itself, by whatever target it was named.
+    pub fn exclusive_key(&self, name: &VolumeName) -> String {
+        match &self.spec {
+            // Names are the group's, whichever pool a volume is in.
+            TargetSpec::Lvm { volume_group, .. } => format!("lvm:{volume_group}/{name}"),
+            TargetSpec::Directory { path } => {
+                format!("dir:{}/{name}", path.canonicalize().unwrap_or_else(|_| path.clone()).display())
+            }
+            TargetSpec::Named(other) => format!("{other}/{name}"),
+        }
+    }
+}
+
+impl Targets {
+    /// These targets, by name.
+    pub fn new(configured: BTreeMap<String, TargetSpec>, retry: LockRetry) -> Self {
+        Self { configured, retry }
+    }
+
+    /// The target that a request names; the default one if it names none. Only an administrator may write one out,
+    /// because that is to write anywhere on this machine.
+    ///
+    /// # Errors
+    /// `target_not_found` with the known names, `invalid_target`, `not_permitted`.
+    pub fn find(&self, text: Option<&str>, written_out_is_allowed: bool) -> Result<Target> {
+        let text = text.unwrap_or(DEFAULT);
+        let spec: TargetSpec = text.parse().map_err(|invalid| Error::invalid(ErrorCode::InvalidTarget, &invalid))?;
+        let spec = match spec {
+            TargetSpec::Named(name) => self.configured.get(&name).cloned().ok_or_else(|| self.not_found(&name))?,
+            // What is configured may be named either way.
+            written_out if written_out_is_allowed || self.configured.values().any(|known| *known == written_out) => {
+                written_out
+            }
+            _ => {
+                return Err(Error::new(
+                    ErrorCode::NotPermitted,
+                    format!(
+                        "target '{text}' is not configured, and only this machine's administrator may write one out"
+                    ),
+                )
+                .hint("configure it under [targets.NAME], or use the command line on the machine itself"));
+            }
+        };
+        Ok(Target { backend: backend(&spec, &self.retry)?, spec })
+    }
+
+    /// All configured targets.
+    pub fn all(&self) -> Result<Vec<(String, Target)>> {
+        let found = |(name, spec): (&String, &TargetSpec)| {
+            Ok((name.clone(), Target { backend: backend(spec, &self.retry)?, spec: spec.clone() }))
+        };
+        self.configured.iter().map(found).collect()
+    }
+
+    fn not_found(&self, name: &str) -> Error {
+        let known: Vec<&str> = self.configured.keys().map(String::as_str).collect();
+        let error = Error::new(ErrorCode::TargetNotFound, format!("there is no target '{name}'"));
+        if known.is_empty() {
+            error.hint("set LVM_VOLUME_GROUP, or configure [targets.default]")
+        } else {
+            error.hint(format!("there are: {}", known.join(", ")))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn targets() -> Targets {
+        let configured = [("default", "lvm:vg0"), ("fast", "lvm:vg0/pool0")];
+        let configured = configured.map(|(name, spec)| (name.to_owned(), spec.parse().unwrap())).into();
+        Targets::new(configured, LockRetry { attempts: 0, backoff: Vec::new() })
+    }
+
+    fn code(result: Result<Target>) -> ErrorCode {
+        result.err().expect("an error").code()
+    }
+
+    #[test]
+    fn a_target_is_found_by_name_or_written_out() {
+        let targets = targets();
+        assert_eq!(targets.find(None, false).unwrap().backend.label(), "lvm:vg0");
+        assert_eq!(targets.find(Some("fast"), false).unwrap().backend.label(), "lvm:vg0/pool0");
+        assert_eq!(targets.find(Some("lvm:vg0/pool0"), false).unwrap().backend.label(), "lvm:vg0/pool0");
+        assert_eq!(targets.find(Some("dir:/srv"), true).unwrap().backend.label(), "dir:/srv");
+        assert_eq!(code(targets.find(Some("dir:/etc"), false)), ErrorCode::NotPermitted);
+        assert_eq!(code(targets.find(Some("slow"), true)), ErrorCode::TargetNotFound);
+        assert_eq!(code(targets.find(Some("nfs:/x"), true)), ErrorCode::InvalidTarget);
+    }
+
+    #[test]
+    fn one_volume_has_one_key_by_any_target() {
+        let (targets, name) = (targets(), "web-1".parse().unwrap());
+        let key = |target| targets.find(Some(target), true).unwrap().exclusive_key(&name);
+        assert_eq!(key("default"), key("fast"));
+        assert_eq!(key("dir:/tmp"), key("dir:/tmp/."));
+        assert_ne!(key("dir:/tmp"), key("dir:/usr"));
+    }
+}

@@ -1,0 +1,70 @@
+//! Volumes: list, show, delete.
+
+use axum::{
+    Extension, Json,
+    extract::{Path, Query, State},
+    http::StatusCode,
+};
+use lvp_api::{ErrorBody, Volume};
+use lvp_engine::{Caller, Engine};
+use serde::Deserialize;
+use utoipa::IntoParams;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use crate::error::Result;
+
+pub fn routes() -> OpenApiRouter<Engine> {
+    OpenApiRouter::new().routes(routes!(list)).routes(routes!(show, delete))
+}
+
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct TargetQuery {
+    /// The target that the volume lives in; without it, the default one.
+    target: Option<String>,
+}
+
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct DeleteQuery {
+    /// The target that the volume lives in; without it, the default one.
+    target: Option<String>,
+    /// Must be true: the volume's content is lost.
+    #[serde(default)]
+    force: bool,
+}
+
+#[utoipa::path(get, path = "/api/v1/volumes", tag = "volumes", summary = "List the volumes of a target",
+    description = "All of them, made by lvp or not.", params(TargetQuery),
+    responses((status = 200, body = Vec<Volume>), (status = 404, body = ErrorBody)))]
+async fn list(
+    State(engine): State<Engine>,
+    Extension(caller): Extension<Caller>,
+    Query(query): Query<TargetQuery>,
+) -> Result<Json<Vec<Volume>>> {
+    Ok(Json(engine.volumes(query.target.as_deref(), caller).await?))
+}
+
+#[utoipa::path(get, path = "/api/v1/volumes/{name}", tag = "volumes", summary = "Show a volume, and who uses it",
+    params(("name" = String, Path), TargetQuery), responses((status = 200, body = Volume), (status = 404, body = ErrorBody)))]
+async fn show(
+    State(engine): State<Engine>,
+    Extension(caller): Extension<Caller>,
+    Path(name): Path<String>,
+    Query(query): Query<TargetQuery>,
+) -> Result<Json<Volume>> {
+    Ok(Json(engine.volume(&name, query.target.as_deref(), caller).await?))
+}
+
+#[utoipa::path(delete, path = "/api/v1/volumes/{name}", tag = "volumes", summary = "Delete a volume that lvp made",
+    params(("name" = String, Path), DeleteQuery),
+    responses((status = 204), (status = 404, body = ErrorBody), (status = 409, description = "In use, not made by lvp, or without force", body = ErrorBody)))]
+async fn delete(
+    State(engine): State<Engine>,
+    Extension(caller): Extension<Caller>,
+    Path(name): Path<String>,
+    Query(query): Query<DeleteQuery>,
+) -> Result<StatusCode> {
+    engine.delete_volume(&name, query.target.as_deref(), query.force, caller).await?;
+    Ok(StatusCode::NO_CONTENT)
+}

@@ -1,0 +1,214 @@
+//! Listens and serves: loopback TCP and the Unix socket, both with limits on slow clients, until told to stop.
+//!
+//! It fails closed: there is no authentication yet, so an address that others can reach is refused. Over the Unix
+//! socket, whose file only its owner may open, the caller is the administrator; over TCP anybody on this machine may
+//! call, so requests that read local files or name arbitrary places are refused there.
+
+use std::{
+    net::{IpAddr, SocketAddr, ToSocketAddrs},
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use axum::{
+    Router,
+    extract::Request,
+    http::header::HOST,
+    middleware,
+    response::{IntoResponse, Response},
+};
+use hyper::body::Incoming;
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::{conn::auto::Builder, graceful::GracefulShutdown},
+};
+use lvp_api::ErrorCode;
+use lvp_engine::{Caller, Error};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, UnixListener},
+    sync::watch,
+};
+use tower::ServiceExt;
+
+use crate::error::Failure;
+
+/// A client has this long to send its request's head.
+const HEAD_LIMIT: Duration = Duration::from_secs(15);
+/// Connections that are open when the server stops have this long to end.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+
+/// Where to listen.
+#[derive(Debug, Clone, Default)]
+pub struct Addresses {
+    /// Host and port; `None`: no TCP.
+    pub tcp: Option<(String, u16)>,
+    /// The Unix socket's file; `None`: no Unix socket.
+    pub unix: Option<PathBuf>,
+}
+
+/// Open listeners.
+#[derive(Debug)]
+pub struct Listeners {
+    tcp: Option<TcpListener>,
+    unix: Option<(UnixListener, PathBuf)>,
+}
+
+/// Opens the listeners.
+///
+/// # Errors
+/// `not_permitted` for a TCP address that is not loopback; `state_locked` when the socket or port is served already.
+pub async fn bind(addresses: &Addresses) -> lvp_engine::Result<Listeners> {
+    let tcp = match &addresses.tcp {
+        Some((host, port)) => Some(bind_tcp(host, *port).await?),
+        None => None,
+    };
+    let unix = match &addresses.unix {
+        Some(path) => Some((bind_unix(path).await?, path.clone())),
+        None => None,
+    };
+    Ok(Listeners { tcp, unix })
+}
+
+impl Listeners {
+    /// The TCP address in use; tells the port when 0 was asked for.
+    pub fn tcp_address(&self) -> Option<SocketAddr> {
+        self.tcp.as_ref().and_then(|listener| listener.local_addr().ok())
+    }
+}
+
+async fn bind_tcp(host: &str, port: u16) -> lvp_engine::Result<TcpListener> {
+    let invalid = |why: String| {
+        Error::new(ErrorCode::InvalidConfiguration, format!("cannot listen on {host} port {port}: {why}"))
+    };
+    let addresses: Vec<SocketAddr> = (host, port)
+        .to_socket_addrs()
+        .map_err(|error| invalid(error.to_string()).hint("set HOST to 127.0.0.1"))?
+        .collect();
+    if let Some(open) = addresses.iter().find(|address| !address.ip().is_loopback()) {
+        return Err(Error::new(
+            ErrorCode::NotPermitted,
+            format!(
+                "HOST={host} ({}) can be reached from other machines, and this lvp has no authentication yet",
+                open.ip()
+            ),
+        )
+        .hint("set HOST=127.0.0.1 and reach it through ssh or a proxy that authenticates"));
+    }
+    TcpListener::bind(addresses.as_slice()).await.map_err(|error| {
+        if error.kind() == std::io::ErrorKind::AddrInUse {
+            return Error::new(ErrorCode::StateLocked, format!("{host} port {port} is served by another program"))
+                .hint("set PORT to a free one, or stop the other program");
+        }
+        invalid(error.to_string())
+    })
+}
+
+async fn bind_unix(path: &Path) -> lvp_engine::Result<UnixListener> {
+    let failed = |error: std::io::Error| {
+        Error::new(ErrorCode::InvalidConfiguration, format!("cannot listen on {}", path.display()))
+            .source(error)
+            .hint("set LVP_SOCKET to a path (of at most 107 characters) in a directory that this user may write to")
+    };
+    if tokio::net::UnixStream::connect(path).await.is_ok() {
+        return Err(Error::new(ErrorCode::StateLocked, format!("{} is served by another process", path.display())));
+    }
+    // Nobody answers: the file is what a process left that was killed.
+    let is_socket = std::fs::symlink_metadata(path)
+        .is_ok_and(|metadata| std::os::unix::fs::FileTypeExt::is_socket(&metadata.file_type()));
+    if is_socket {
+        std::fs::remove_file(path).map_err(failed)?;
+    }
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    Ok(listener)
+}
+
+/// Serves until `stop` turns true, then lets open requests end, for a while.
+pub async fn serve(listeners: Listeners, router: Router, mut stop: watch::Receiver<bool>) {
+    let graceful = GracefulShutdown::new();
+    let over_tcp =
+        router.clone().layer(middleware::map_request(local_host_only)).layer(axum::Extension(Caller::Anybody));
+    let over_unix = router.layer(axum::Extension(Caller::Administrator));
+    loop {
+        tokio::select! {
+            _ = stop.wait_for(|stop| *stop) => break,
+            Some(stream) = accept_tcp(listeners.tcp.as_ref()) => connect(stream, &over_tcp, &graceful),
+            Some(stream) = accept_unix(listeners.unix.as_ref()) => connect(stream, &over_unix, &graceful),
+        }
+    }
+    if let Some((_, path)) = &listeners.unix {
+        let _ = std::fs::remove_file(path);
+    }
+    drop(listeners);
+    if tokio::time::timeout(STOP_LIMIT, graceful.shutdown()).await.is_err() {
+        tracing::info!("connections still open are cut");
+    }
+}
+
+async fn accept_tcp(listener: Option<&TcpListener>) -> Option<tokio::net::TcpStream> {
+    match listener {
+        None => std::future::pending().await,
+        Some(listener) => after_error(listener.accept().await.map(|(stream, _)| stream)).await,
+    }
+}
+
+async fn accept_unix(listener: Option<&(UnixListener, PathBuf)>) -> Option<tokio::net::UnixStream> {
+    match listener {
+        None => std::future::pending().await,
+        Some((listener, _)) => after_error(listener.accept().await.map(|(stream, _)| stream)).await,
+    }
+}
+
+/// Out of descriptors, most likely: wait for some to be closed instead of turning in a circle.
+async fn after_error<T>(result: std::io::Result<T>) -> Option<T> {
+    match result {
+        Ok(stream) => Some(stream),
+        Err(error) => {
+            tracing::warn!(%error, "a connection could not be accepted");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            None
+        }
+    }
+}
+
+fn connect(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, router: &Router, graceful: &GracefulShutdown) {
+    let router = router.clone();
+    let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
+        router.clone().oneshot(request.map(axum::body::Body::new))
+    });
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_LIMIT);
+    builder.http2().timer(TokioTimer::new()).max_concurrent_streams(64);
+    let connection = graceful.watch(builder.serve_connection(TokioIo::new(stream), service).into_owned());
+    tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "a connection broke off");
+        }
+    });
+}
+
+/// Refuses requests that a web page could send here under a name of its own (DNS rebinding): the `Host` that a browser
+/// sends is then not this machine's.
+async fn local_host_only(request: Request) -> Result<Request, Response> {
+    let host = request
+        .headers()
+        .get(HOST)
+        .and_then(|value| value.to_str().ok())
+        .or(request.uri().authority().map(|a| a.as_str()));
+    let Some(host) = host else { return Ok(request) };
+    let name = host
+        .rsplit_once(':')
+        .filter(|(_, port)| port.bytes().all(|byte| byte.is_ascii_digit()))
+        .map_or(host, |(name, _)| name);
+    let bare = name.trim_start_matches('[').trim_end_matches(']');
+    if name.eq_ignore_ascii_case("localhost") || bare.parse::<IpAddr>().is_ok_and(|address| address.is_loopback()) {
+        return Ok(request);
+    }
+    let refusal = Failure::new(
+        ErrorCode::NotPermitted,
+        format!("this daemon serves localhost only, not '{}'", host.escape_debug()),
+    );
+    Err(refusal.into_response())
+}

@@ -1,0 +1,46 @@
+//! `lvp serve`: the daemon. It opens the engine, serves the API, and stops on SIGTERM or SIGINT, leaving running jobs
+//! to be resumed by the next start.
+
+use std::process::ExitCode;
+
+use lvp_engine::{Engine, Error, Recovery};
+use lvp_server::listen;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+
+use super::Outcome;
+use crate::{config::Config, connection::body};
+
+/// Runs the command.
+pub async fn run(config: &Config) -> Outcome {
+    let engine = Engine::open(config.engine(Recovery::Resume).map_err(body)?).await.map_err(body)?;
+    let addresses = config.addresses().map_err(body)?;
+    let listeners = listen::bind(&addresses).await.map_err(body)?;
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        address = listeners.tcp_address().map(tracing::field::display),
+        socket = addresses.unix.as_ref().map(|path| tracing::field::display(path.display())),
+        "serving"
+    );
+    let (stop, stopped) = watch::channel(false);
+    let server = tokio::spawn(listen::serve(listeners, lvp_server::router(engine.clone()), stopped));
+    let name = stop_signal().await.map_err(body)?;
+    tracing::info!(signal = name, "stopping; running jobs will be resumed at the next start");
+    engine.shutdown().await;
+    let _ = stop.send(true);
+    let _ = server.await;
+    tracing::info!("stopped");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Waits for a signal to stop.
+async fn stop_signal() -> lvp_engine::Result<&'static str> {
+    let listen = |kind| signal(kind).map_err(|error| Error::internal("signals cannot be received").source(error));
+    let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+    tokio::select! {
+        _ = terminate.recv() => Ok("SIGTERM"),
+        _ = interrupt.recv() => Ok("SIGINT"),
+    }
+}

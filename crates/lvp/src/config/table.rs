@@ -1,0 +1,101 @@
+//! Every setting: its key in the file, its names in the environment, its flag, its default. One table, from which the
+//! reference in `docs/reference/configuration.md` is written too.
+
+/// A setting.
+#[derive(Debug)]
+pub struct Setting {
+    /// Its key in the TOML file, dotted.
+    pub key: &'static str,
+    /// Its names in the environment; the first one is the one to use.
+    pub variables: &'static [&'static str],
+    /// Its flag on the command line.
+    pub flag: Option<&'static str>,
+    /// What it is when nobody says anything; `None`: not set, or found out at the start.
+    pub default: Option<&'static str>,
+    /// Whether its value is never shown.
+    pub secret: bool,
+    /// What it does.
+    pub meaning: &'static str,
+}
+
+const fn setting(
+    key: &'static str,
+    variables: &'static [&'static str],
+    default: Option<&'static str>,
+    meaning: &'static str,
+) -> Setting {
+    Setting { key, variables, flag: None, default, secret: false, meaning }
+}
+
+impl Setting {
+    const fn flag(mut self, flag: &'static str) -> Self {
+        self.flag = Some(flag);
+        self
+    }
+
+    const fn secret(mut self) -> Self {
+        self.secret = true;
+        self
+    }
+}
+
+/// All settings.
+pub const SETTINGS: &[Setting] = &[
+    setting("state_dir", &["LVP_STATE_DIR"], None, "Directory of the database, the lock and the socket")
+        .flag("state-dir"),
+    setting("database", &["DB_PATH", "DATABASE_PATH"], None, "The job database's file"),
+    setting("cache_dir", &["LVP_CACHE_DIR"], None, "Directory of the image cache").flag("cache-dir"),
+    setting(
+        "cache_max_bytes",
+        &["LVP_CACHE_MAX_BYTES"],
+        None,
+        "The cache's largest size, such as 100G; not set: what the file system has",
+    ),
+    setting("host", &["HOST", "LISTEN_ADDR"], Some("127.0.0.1"), "Address that the daemon listens on; loopback only")
+        .flag("host"),
+    setting("port", &["PORT"], Some("8080"), "Port that the daemon listens on").flag("port"),
+    setting("socket", &["LVP_SOCKET"], None, "The daemon's Unix socket").flag("socket"),
+    setting("minio.endpoint", &["MINIO_ENDPOINT"], None, "The object store: scheme, host and port"),
+    setting("minio.access_key", &["MINIO_ACCESS_KEY", "MINIO_ACCESS_KEY_ID"], None, "Its access key").secret(),
+    setting("minio.secret_key", &["MINIO_SECRET_KEY", "MINIO_SECRET_ACCESS_KEY"], None, "Its secret key").secret(),
+    setting("minio.region", &["MINIO_REGION"], Some("us-east-1"), "Its region"),
+    setting(
+        "minio.retry_attempts",
+        &["MINIO_RETRY_ATTEMPTS"],
+        Some("3"),
+        "How often a request that may pass is tried again",
+    ),
+    setting(
+        "minio.retry_backoff_ms",
+        &["MINIO_RETRY_BACKOFF_MS"],
+        Some("100,1000,10000"),
+        "The waits before that, in milliseconds",
+    ),
+    setting(
+        "ca_cert_file",
+        &["LVP_CA_CERT_FILE"],
+        None,
+        "PEM file of certificate authorities to trust beside the system's",
+    ),
+    setting("lvm.volume_group", &["LVM_VOLUME_GROUP"], None, "Volume group of the target `default`"),
+    setting("lvm.thin_pool", &["LVM_THIN_POOL"], None, "Thin pool of the target `default`"),
+    setting(
+        "lvm.retry_attempts",
+        &["LVM_RETRY_ATTEMPTS"],
+        Some("2"),
+        "How often an LVM command is tried again while LVM is locked",
+    ),
+    setting(
+        "lvm.retry_backoff_ms",
+        &["LVM_RETRY_BACKOFF_MS"],
+        Some("100,1000"),
+        "The waits before that, in milliseconds",
+    ),
+    setting("libvirt_uri", &["LVP_LIBVIRT_URI"], None, "libvirt's connection URI, or `none`"),
+    setting("max_concurrent_jobs", &["MAX_CONCURRENT_JOBS"], Some("2"), "Jobs that run at once"),
+    setting("workers", &["LVP_WORKERS"], None, "Threads that decode and write, for one job"),
+    setting("job_history", &["LVP_JOB_HISTORY"], Some("1000"), "Ended jobs that are remembered"),
+    setting("log_level", &["LOG_LEVEL"], None, "error, warn, info, debug, trace, or filter directives")
+        .flag("log-level"),
+    setting("log_format", &["LOG_FORMAT"], Some("auto"), "text, json, or auto: text on a terminal"),
+];
