@@ -278,7 +278,8 @@ async fn serve(mut stream: TcpStream, shared: &Mutex<Site>) -> std::io::Result<(
 
 async fn read_request(stream: &mut TcpStream) -> std::io::Result<Option<Received>> {
     let mut head = Vec::new();
-    while !head.ends_with(b"\r\n\r\n") && head.len() < HEAD {
+    // What begins with a control character is TLS, and answered as web servers do: with a status in clear text.
+    while !head.ends_with(b"\r\n\r\n") && head.len() < HEAD && !head.first().is_some_and(u8::is_ascii_control) {
         match stream.read_u8().await {
             Ok(byte) => head.push(byte),
             Err(_) => return Ok(None),
@@ -287,7 +288,10 @@ async fn read_request(stream: &mut TcpStream) -> std::io::Result<Option<Received
     let head = String::from_utf8_lossy(&head);
     let mut lines = head.lines();
     let mut words = lines.next().unwrap_or_default().split(' ');
-    let (Some(method), Some(target)) = (words.next(), words.next()) else { return Ok(None) };
+    let (Some(method), Some(target)) = (words.next(), words.next()) else {
+        Answer::status(400, &[]).send(stream, false).await?;
+        return Ok(None);
+    };
     let headers = lines
         .filter_map(|line| line.split_once(':'))
         .map(|(name, value)| (name.to_ascii_lowercase(), value.trim().to_owned()))
@@ -403,7 +407,7 @@ fn content(page: &mut Page, request: &Received) -> Answer {
 
 /// Where this answer breaks off: at the first cut or stall that lies inside what it sends, which is then used up.
 fn ending(page: &mut Page, from: usize, to: usize) -> Option<(usize, bool)> {
-    let mut take = |points: &mut Vec<u64>, stalls| {
+    let take = |points: &mut Vec<u64>, stalls| {
         let at = points.iter().position(|at| (from as u64..to as u64).contains(at))?;
         Some((points.remove(at) as usize - from, stalls))
     };

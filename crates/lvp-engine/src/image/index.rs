@@ -252,8 +252,11 @@ impl Index {
         let mut idle: Vec<_> = state
             .records
             .values()
-            .filter(|record| !in_use(record) && !record.sidecar().pinned)
-            .map(|record| (record.sidecar().last_used_at, record.sidecar().size, record.name.clone()))
+            .filter(|record| !in_use(record))
+            .filter_map(|record| {
+                let sidecar = record.sidecar();
+                (!sidecar.pinned).then(|| (sidecar.last_used_at, sidecar.size, record.name.clone()))
+            })
             .collect();
         idle.sort();
         let evictable: u64 = idle.iter().map(|(_, size, _)| size).sum();
