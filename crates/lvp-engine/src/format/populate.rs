@@ -186,7 +186,11 @@ fn collect(threads: Vec<thread::ScopedJoinHandle<'_, Result<Populated>>>) -> Res
 fn too_large(virtual_size: u64, target: &BlockTarget) -> Error {
     Error::new(
         ErrorCode::ImageTooLarge,
-        format!("the image's disk of {virtual_size} bytes does not fit the {} bytes of {}", target.size, target.path.display()),
+        format!(
+            "the image's disk of {virtual_size} bytes does not fit the {} bytes of {}",
+            target.size,
+            target.path.display()
+        ),
     )
     .hint(format!("ask for a volume of at least {virtual_size} bytes"))
     .detail("image_bytes", virtual_size)

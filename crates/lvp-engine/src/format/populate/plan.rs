@@ -139,10 +139,7 @@ mod tests {
     fn zeros_are_joined_and_the_tail_is_one_of_them() {
         let stored = Content::Plain { stored: 5000 };
         let pieces = plan(&[(100, Content::Zero), (50, stored), (CHUNK * 3, Content::Zero)], CHUNK * 10);
-        assert_eq!(
-            pieces,
-            [Piece::Data(0..CHUNK, vec![plain(100, 50, 5000)]), Piece::Zero(CHUNK..CHUNK * 10)]
-        );
+        assert_eq!(pieces, [Piece::Data(0..CHUNK, vec![plain(100, 50, 5000)]), Piece::Zero(CHUNK..CHUNK * 10)]);
     }
 
     #[test]

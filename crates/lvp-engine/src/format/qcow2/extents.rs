@@ -128,11 +128,8 @@ mod tests {
         let plain = |guest, stored| Extent { guest, length: 512, content: Content::Plain { stored } };
         assert_eq!(joined(&plain(0, 1024), &plain(512, 1536)).map(|extent| extent.length), Some(1024));
         assert_eq!(joined(&plain(0, 1024), &plain(512, 2048)), None);
-        let compressed = |guest| Extent {
-            guest,
-            length: 512,
-            content: Content::Compressed { stored: 5000, stored_length: 100 },
-        };
+        let compressed =
+            |guest| Extent { guest, length: 512, content: Content::Compressed { stored: 5000, stored_length: 100 } };
         assert_eq!(joined(&compressed(0), &compressed(512)), None);
     }
 }

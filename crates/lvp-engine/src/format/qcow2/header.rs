@@ -87,6 +87,13 @@ impl Header {
         check_other_files(bytes, &fields)?;
         let features = if version == 2 { 0 } else { fields.u64(72) };
         check_features(bytes, features)?;
+        // A subcluster is a 32nd of a cluster, and not less than a sector.
+        if features & EXTENDED_L2 != 0 && cluster_bits < 14 {
+            return Err(invalid(
+                bytes,
+                format!("its clusters of 2^{cluster_bits} bytes are too small for extended L2 entries"),
+            ));
+        }
         let header = Self {
             version,
             cluster_bits,
@@ -157,7 +164,10 @@ impl Header {
     fn check_snapshots(&self, bytes: &dyn Bytes, fields: &Fields) -> Result<()> {
         let (count, offset) = (fields.u32(60), fields.u64(64));
         if count > SNAPSHOTS_LIMIT {
-            return Err(invalid(bytes, format!("it has {count} snapshots, and at most {SNAPSHOTS_LIMIT} are possible")));
+            return Err(invalid(
+                bytes,
+                format!("it has {count} snapshots, and at most {SNAPSHOTS_LIMIT} are possible"),
+            ));
         }
         // 40 bytes is the least that a snapshot's entry has.
         if count == 0 { Ok(()) } else { self.check_table(bytes, "snapshot table", offset, u64::from(count) * 40) }

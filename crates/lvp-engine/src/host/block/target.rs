@@ -150,8 +150,7 @@ impl OpenTarget {
                 Err(Errno::INTR) => {}
                 Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::PERM) => {
                     // Another thread may have found the same: then the next way is already taken.
-                    let _ =
-                        self.ways_lost.compare_exchange(lost, lost + 1, Ordering::Relaxed, Ordering::Relaxed);
+                    let _ = self.ways_lost.compare_exchange(lost, lost + 1, Ordering::Relaxed, Ordering::Relaxed);
                 }
                 Err(error) => return Err(error.into()),
             }
