@@ -41,7 +41,7 @@ struct LocalEngine {
 impl Connection {
     /// Reaches an engine. `recovery`: what an engine of this process does with jobs that an earlier one left.
     pub async fn open(global: &Global, config: &Config, recovery: Recovery) -> Result<Self, Box<ErrorBody>> {
-        if let Some(url) = &global.server {
+        if let Some(url) = global.server.as_ref().filter(|_| !global.local) {
             return Ok(Self { client: Client::at(url)?, local: None });
         }
         if !global.local

@@ -102,7 +102,8 @@ pub fn inspect(bytes: &dyn Bytes, declared: ImageFormat) -> Result<Header> {
                 "{} has a virtual size of {virtual_size} bytes; at most {VIRTUAL_SIZE_LIMIT} are accepted",
                 bytes.name()
             ),
-        ));
+        )
+        .hint("check that the image is what it is meant to be; no volume can hold such a disk"));
     }
     if let Layout::Qcow2(header) = &layout {
         qcow2::check_first_level(bytes, header)?;

@@ -12,31 +12,18 @@ use super::{
     in_use::refuse_in_use,
     order::{Order, VolumeOrder},
     plan,
+    services::Services,
 };
 use crate::{
     error::{Error, Result},
     format::{self, Image, PopulateOptions, Populated},
-    host::{block::BlockTarget, libvirt::Libvirt},
-    image::{Entry, Fetch, Images, Resolved, SourceSettings},
+    host::block::BlockTarget,
+    image::{Entry, Fetch, Resolved},
     job::Stored,
     progress::Progress,
     task::blocking,
-    volume::{NewVolume, Targets, Volume, VolumeBackend},
+    volume::{NewVolume, Volume, VolumeBackend},
 };
-
-/// What the steps work with; shared by all jobs.
-pub struct Services {
-    /// The sources and the cache.
-    pub images: Images,
-    /// How sources are reached.
-    pub sources: SourceSettings,
-    /// The places for volumes.
-    pub targets: Targets,
-    /// libvirt, where this host has it.
-    pub libvirt: Option<Libvirt>,
-    /// Threads that decode and write, for one job.
-    pub workers: usize,
-}
 
 /// What a job found and did, as kept with each step.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use lvp_api::{ByteSize, ErrorCode, Plan, VolumeAction};
 
 use super::{
-    context::Services,
     in_use::refuse_in_use,
     order::{Order, VolumeOrder},
+    services::Services,
 };
 use crate::{
     error::{Error, Result},
