@@ -97,7 +97,7 @@ pub enum Fetch {
     /// The image was in the cache, or another request brought it meanwhile.
     Cached(Entry),
     /// The image was downloaded and its digest is right; it is not in the cache yet.
-    New(Unpublished),
+    New(Box<Unpublished>),
 }
 
 /// A downloaded image that is not in the cache. Dropped, it is gone, and the next request downloads it.
@@ -270,7 +270,7 @@ impl Images {
             lead.publish(&entry);
             return Ok(Fetch::Cached(entry));
         }
-        Ok(Fetch::New(Unpublished {
+        Ok(Fetch::New(Box::new(Unpublished {
             images: self.clone(),
             partial,
             reservation,
@@ -280,7 +280,7 @@ impl Images {
             size,
             digests,
             lead,
-        }))
+        })))
     }
 
     /// Notes the use of a cached image. That the note cannot be written is no reason to refuse the image.

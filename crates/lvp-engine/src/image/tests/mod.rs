@@ -73,7 +73,7 @@ impl Bed {
     }
 
     /// Resolves and fetches, and expects a download.
-    async fn download(&self, url: &str) -> Result<Unpublished> {
+    async fn download(&self, url: &str) -> Result<Box<Unpublished>> {
         match self.images.fetch(&self.resolve(url).await?, &Progress::default()).await? {
             Fetch::New(new) => Ok(new),
             Fetch::Cached(entry) => panic!("{entry:?} was cached"),
