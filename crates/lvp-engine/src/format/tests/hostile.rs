@@ -182,7 +182,7 @@ refused! {
         image.u64(Crafted::L2, Crafted::COMPRESSED | 1 << 54 | (3 * CLUSTER - 100));
     };
     compressed_outside: ImageInvalid, "outside the file", |image| {
-        image.u64(Crafted::L2, Crafted::COMPRESSED | 6 * CLUSTER);
+        image.u64(Crafted::L2, Crafted::COMPRESSED | (6 * CLUSTER));
     };
     zero_cluster_in_version_2: ImageInvalid, "version 2 does not have", |image| {
         image.u32(4, 2);
