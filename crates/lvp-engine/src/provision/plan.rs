@@ -111,6 +111,17 @@ pub fn admit(backend: &dyn VolumeBackend, wanted: &VolumeOrder) -> Result<()> {
 /// As [`admit`], when it is known how many bytes the image's data takes.
 pub fn admit_data(backend: &dyn VolumeBackend, wanted: &VolumeOrder, data: u64) -> Result<()> {
     let (capabilities, space) = (backend.capabilities()?, backend.space()?);
+    if wanted.size > capabilities.largest {
+        let (size, largest) = (ByteSize(wanted.size), ByteSize(capabilities.largest));
+        return Err(Error::new(
+            ErrorCode::InsufficientSpace,
+            format!("volume {} of {size} is larger than all of {}, which has {largest}", wanted.name, backend.label()),
+        )
+        .hint("ask for a smaller volume, or use another target")
+        .detail("asked_bytes", wanted.size)
+        .detail("largest_bytes", capabilities.largest)
+        .retry(false));
+    }
     let needed = if capabilities.allocates_whole_size {
         wanted.size.checked_next_multiple_of(capabilities.granularity).unwrap_or(u64::MAX)
     } else {
