@@ -1,13 +1,14 @@
 //! Everything of lvp that acts on a host, behind one door: [`Engine`].
 //!
-//! Modules import lower rows only, siblings never (`tests/layers.rs` holds it):
+//! Modules import from lines below their own only, siblings never (`tests/layers.rs` holds it):
 //!
 //! ```text
 //!  row 4   engine doctor             Engine: the only door for front ends; the examination of a host
 //!  row 3   settings health           what it is told, what it tells of itself
 //!  row 2   provision                 the use case as a list of steps: where the siblings below meet
 //!  row 1   image format volume job   sources and cache · readers and copy · backends · queue, runner, store
-//!  row 0   host db progress error metrics task
+//!  row 0   host db progress metrics task
+//!  row 0   error
 //! ```
 //! It leaves out HTTP servers, command lines and configuration files.
 

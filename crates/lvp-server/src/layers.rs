@@ -1,4 +1,5 @@
-//! What happens to every request: it gets an id, is counted and logged, its panic is an answer, its error gets the id.
+//! What happens to every request: it gets an id, is counted and logged, is refused if it is not for this machine, its
+//! panic is an answer, its error gets the id.
 
 use std::time::Instant;
 
@@ -16,7 +17,7 @@ use tracing::Instrument;
 use crate::{
     body,
     error::{Failure, Pending},
-    metrics,
+    listen, metrics,
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -30,6 +31,7 @@ pub fn apply(router: Router) -> Router {
         .layer(CatchPanicLayer::custom(|_| {
             Failure::new(ErrorCode::Internal, "the request's handler panicked").into_response()
         }))
+        .layer(middleware::map_request(listen::local_host_only))
         .layer(middleware::from_fn(identify))
 }
 

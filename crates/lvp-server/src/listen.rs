@@ -15,7 +15,6 @@ use axum::{
     Router,
     extract::Request,
     http::header::HOST,
-    middleware,
     response::{IntoResponse, Response},
 };
 use hyper::body::Incoming;
@@ -128,8 +127,7 @@ async fn bind_unix(path: &Path) -> lvp_engine::Result<UnixListener> {
 /// Serves until `stop` turns true, then lets open requests end, for a while.
 pub async fn serve(listeners: Listeners, router: Router, mut stop: watch::Receiver<bool>) {
     let graceful = GracefulShutdown::new();
-    let over_tcp =
-        router.clone().layer(middleware::map_request(local_host_only)).layer(axum::Extension(Caller::Anybody));
+    let over_tcp = router.clone().layer(axum::Extension(Caller::Anybody));
     let over_unix = router.layer(axum::Extension(Caller::Administrator));
     loop {
         tokio::select! {
@@ -189,9 +187,12 @@ fn connect(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, router:
     });
 }
 
-/// Refuses requests that a web page could send here under a name of its own (DNS rebinding): the `Host` that a browser
-/// sends is then not this machine's.
-async fn local_host_only(request: Request) -> Result<Request, Response> {
+/// Refuses requests over TCP that a web page could send here under a name of its own (DNS rebinding): the `Host` that a
+/// browser sends is then not this machine's.
+pub(crate) async fn local_host_only(request: Request) -> Result<Request, Response> {
+    if request.extensions().get::<Caller>() == Some(&Caller::Administrator) {
+        return Ok(request);
+    }
     let host = request
         .headers()
         .get(HOST)

@@ -124,6 +124,7 @@ async fn daemon_socket(config: &Config) -> lvp_engine::Result<Option<PathBuf>> {
 }
 
 /// The engine's error as the command line prints it.
+#[allow(clippy::needless_pass_by_value, reason = "it stands in map_err, which gives the error away")]
 pub fn body(error: Error) -> Box<ErrorBody> {
     Box::new(error.to_body())
 }

@@ -44,12 +44,18 @@ pub(super) async fn published(sources: &Sources, image: &ImageUrl, progress: &Pr
             parse(&bytes, &image.file_name()).map(Some).map_err(|why| unreadable(&url, &why))
         }
         Ok(Some(Small::TooLarge)) => Err(unreadable(&url, &format!("it is larger than {LARGEST} bytes"))),
-        Err(error) if error.code() == ErrorCode::SourceDenied => Err(error.hint(
+        // Any other code of the source is about keys or clock, and says so already.
+        Err(error) if error.code() == ErrorCode::SourceDenied && may_be_missing(&error) => Err(error.hint(
             "S3 also refuses so when the file is not there and the keys may not list the bucket: publish the checksum \
              file, allow listing, or give the digest in the field `checksum`",
         )),
         Err(error) => Err(error),
     }
+}
+
+/// Whether a refusal may mean that the file is not there.
+fn may_be_missing(denied: &Error) -> bool {
+    denied.to_body().details.get("source_code").is_none_or(|code| code == "AccessDenied")
 }
 
 fn unreadable(url: &ImageUrl, why: &str) -> Error {

@@ -177,7 +177,11 @@ fn passes(status: StatusCode) -> bool {
 }
 
 fn denied(said: &str, code: Option<&str>, of: &ImageUrl) -> Error {
-    let error = Error::new(ErrorCode::SourceDenied, format!("{} refuses to give {of}: it answered {said}", host(of)));
+    let mut error =
+        Error::new(ErrorCode::SourceDenied, format!("{} refuses to give {of}: it answered {said}", host(of)));
+    if let Some(code) = code {
+        error = error.detail("source_code", code);
+    }
     let hint = match (of.location(), code) {
         (_, Some("RequestTimeTooSkewed")) => "set this machine's clock: it differs from the object store's",
         (_, Some("InvalidAccessKeyId" | "NotSignedUp")) => "check MINIO_ACCESS_KEY: the object store does not know it",

@@ -39,10 +39,13 @@ use crate::{
 /// A job that was interrupted this often is not begun again.
 const MOST_ATTEMPTS: u32 = 5;
 
+/// Makes the context of a job from what is stored of it.
+pub type MakeContext<C> = Box<dyn Fn(&Stored, Progress) -> Result<C> + Send + Sync>;
+
 /// What the use cases give: how a job's context is made, what its steps are, and what of it is recorded.
 pub struct Execution<C: 'static> {
     /// Makes the context of a job from what is stored.
-    pub context: Box<dyn Fn(&Stored, Progress) -> Result<C> + Send + Sync>,
+    pub context: MakeContext<C>,
     /// The steps of this kind of job.
     pub steps: fn(JobKind) -> &'static [Step<C>],
     /// What of the context is kept with each step.

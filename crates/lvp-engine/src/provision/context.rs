@@ -61,6 +61,8 @@ pub struct Context {
     record: Record,
     progress: Progress,
     resolved: Option<Resolved>,
+    /// The size of the disk in the image, where it was known before the fetch.
+    virtual_size: Option<u64>,
     image: Option<(Entry, Arc<Image>)>,
     target: Option<BlockTarget>,
 }
@@ -70,7 +72,17 @@ impl Context {
     pub fn new(services: Arc<Services>, stored: &Stored, progress: Progress) -> Result<Self> {
         let order = Order::from_stored(&stored.request)?;
         let record = serde_json::from_value(stored.record.clone()).unwrap_or_default();
-        Ok(Self { services, id: stored.id, order, record, progress, resolved: None, image: None, target: None })
+        Ok(Self {
+            services,
+            id: stored.id,
+            order,
+            record,
+            progress,
+            resolved: None,
+            virtual_size: None,
+            image: None,
+            target: None,
+        })
     }
 
     /// What is kept of it.
@@ -95,9 +107,10 @@ impl Context {
     /// The gate's first half: the header, before a byte is fetched or reserved.
     pub(super) async fn ensure_image_checked(&mut self) -> Result<()> {
         let header = plan::inspect(self.resolved()?, &self.order, &self.progress).await?;
-        if let (Some(header), Some(volume)) = (header, &self.order.volume) {
+        if let (Some(header), Some(volume)) = (&header, &self.order.volume) {
             plan::fits(header.virtual_size, volume)?;
         }
+        self.virtual_size = header.map(|header| header.virtual_size);
         Ok(())
     }
 
@@ -107,6 +120,7 @@ impl Context {
         let job = self.id;
         let libvirt = self.services.libvirt.clone();
         let made_before = self.record.claim == Some(Claim::Make);
+        let virtual_size = self.virtual_size;
         let claim = blocking(move || match backend.find(&wanted.name)? {
             Some(volume) if made_before && volume.tags.job == Some(job) => Ok(Claim::Make),
             Some(volume) => {
@@ -185,7 +199,7 @@ impl Context {
         let (backend, wanted) = self.backend()?;
         let (job, claim, progress) = (self.id, self.claim()?, self.progress.clone());
         let libvirt = self.services.libvirt.clone();
-        let data = self.image()?.data_bytes();
+        let (data, virtual_size) = (self.image()?.data_bytes(), self.image()?.virtual_size());
         let target = blocking(move || match claim {
             Claim::Make => {
                 if backend.find(&wanted.name)?.is_some_and(|volume| volume.tags.job == Some(job)) {
@@ -199,7 +213,7 @@ impl Context {
             }
             Claim::Overwrite => {
                 let volume = find_existing(&*backend, &wanted)?;
-                plan::compatible(&volume, &wanted)?;
+                plan::compatible(&volume, &wanted, Some(virtual_size))?;
                 refuse_in_use(&volume, libvirt.as_ref())?;
                 backend.target(&volume, false)
             }

@@ -69,6 +69,7 @@ impl Directory {
         let metadata = match fs::symlink_metadata(&path) {
             Ok(metadata) => metadata,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == ErrorKind::NotADirectory => return Err(self.is_no_directory()),
             Err(error) => return Err(Error::io("looking at", &path, error)),
         };
         let unsuitable = (!metadata.is_file()).then_some("it is not a regular file");
@@ -99,6 +100,12 @@ impl Directory {
         write().map_err(|error| Error::io("writing", &path, error))
     }
 
+    fn is_no_directory(&self) -> Error {
+        Error::new(ErrorCode::TargetUnavailable, format!("{} is not a directory", self.path.display()))
+            .hint("name a directory as target")
+            .retry(false)
+    }
+
     fn space_of(path: &Path) -> Result<Space> {
         let facts = statvfs(path).map_err(|error| Error::io("asking for the space of", path, error.into()))?;
         Ok(Space { total: facts.f_blocks * facts.f_frsize, free: facts.f_bavail * facts.f_frsize })
@@ -116,19 +123,16 @@ impl VolumeBackend for Directory {
     }
 
     fn capabilities(&self) -> Result<Capabilities> {
-        Ok(Capabilities { allocates_whole_size: false, granularity: GRANULARITY, is_block: false })
+        // Files are sparse, but none that is larger than the whole file system could ever be filled.
+        let largest = self.space()?.total;
+        Ok(Capabilities { allocates_whole_size: false, granularity: GRANULARITY, largest, is_block: false })
     }
 
     fn space(&self) -> Result<Space> {
         if let Ok(metadata) = fs::metadata(&self.path)
             && !metadata.is_dir()
         {
-            return Err(Error::new(
-                ErrorCode::TargetUnavailable,
-                format!("{} is not a directory", self.path.display()),
-            )
-            .hint("name a directory as target")
-            .retry(false));
+            return Err(self.is_no_directory());
         }
         // A directory that is not there yet is made on what its nearest parent stands on.
         let existing = self.path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
@@ -139,6 +143,7 @@ impl VolumeBackend for Directory {
         let entries = match fs::read_dir(&self.path) {
             Ok(entries) => entries,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) if error.kind() == ErrorKind::NotADirectory => return Err(self.is_no_directory()),
             Err(error) => return Err(Error::io("listing", &self.path, error)),
         };
         let mut volumes = Vec::new();

@@ -169,7 +169,8 @@ impl VolumeBackend for Lvm {
 
     fn capabilities(&self) -> Result<Capabilities> {
         let granularity = number(&self.volume_group()?.vg_extent_size)?;
-        Ok(Capabilities { allocates_whole_size: self.pool.is_none(), granularity, is_block: true })
+        let allocates_whole_size = self.pool.is_none();
+        Ok(Capabilities { allocates_whole_size, granularity, largest: u64::MAX, is_block: true })
     }
 
     fn space(&self) -> Result<Space> {

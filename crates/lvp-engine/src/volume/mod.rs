@@ -19,7 +19,7 @@ use lvp_api::{Digest, JobId, TargetSpec, VolumeName};
 pub use self::{
     directory::Directory,
     lvm::Lvm,
-    targets::{DEFAULT, Target, Targets},
+    targets::{Target, Targets},
 };
 use crate::{
     error::{Error, Result},
@@ -61,6 +61,8 @@ pub struct Capabilities {
     pub allocates_whole_size: bool,
     /// Sizes are multiples of this, rounded up.
     pub granularity: u64,
+    /// No volume can be larger, in bytes, however much is free.
+    pub largest: u64,
     /// Its devices are LVM's, so libvirt's view of attached disks matters for readiness.
     pub is_block: bool,
 }

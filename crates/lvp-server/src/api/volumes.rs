@@ -2,7 +2,7 @@
 
 use axum::{
     Extension, Json,
-    extract::{Path, Query, State},
+    extract::{Path, State},
     http::StatusCode,
 };
 use lvp_api::{ErrorBody, Volume};
@@ -11,7 +11,7 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use crate::error::Result;
+use crate::{body::Query, error::Result};
 
 pub fn routes() -> OpenApiRouter<Engine> {
     OpenApiRouter::new().routes(routes!(list)).routes(routes!(show, delete))

@@ -1,0 +1,13 @@
+//! The HTTP API on real parts: an engine with a directory as target, an object store with signatures in this process,
+//! listeners on a free port and a Unix socket, driven by an HTTP client. One module per subject.
+
+mod bad_images;
+mod bad_requests;
+mod bed;
+mod cancel;
+mod defects;
+mod golden;
+mod images;
+mod jobs;
+mod surface;
+mod volumes;
