@@ -124,7 +124,7 @@ impl Context {
         let claim = blocking(move || match backend.find(&wanted.name)? {
             Some(volume) if made_before && volume.tags.job == Some(job) => Ok(Claim::Make),
             Some(volume) => {
-                plan::compatible(&volume, &wanted)?;
+                plan::compatible(&volume, &wanted, virtual_size)?;
                 refuse_in_use(&volume, libvirt.as_ref())?;
                 Ok(Claim::Overwrite)
             }
