@@ -91,11 +91,6 @@ impl OpenTarget {
         Ok(Self { path: path.clone(), size, device, direct, plain, ways_lost: AtomicU8::new(0) })
     }
 
-    /// The size in bytes.
-    pub fn size(&self) -> u64 {
-        self.size
-    }
-
     /// Writes `bytes`, which lie in an [`AlignedBuffer`](super::AlignedBuffer) at a multiple of [`BLOCK`], at `offset`,
     /// a multiple of [`BLOCK`]. Their number is a multiple too, but at the target's end.
     ///
