@@ -8,12 +8,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use e2e::images::LoopDevice;
 use lvp_api::{ErrorCode, ImageFormat};
 
 use super::{OLD, OPTIONS, room, sparse_file, used_file};
 use crate::{
     error::{Error, Result},
-    format::{Bytes, FileBytes, Image, populate},
+    format::{Bytes, FileBytes, Image, populate, sync},
     host::block::BlockTarget,
     progress::{Progress, Stop},
 };
@@ -95,6 +96,33 @@ fn a_cancel_stops_all_writers_within_a_second() {
         let later = fs::read(&target.path).unwrap().iter().filter(|byte| **byte == OLD).count() as u64;
         assert_eq!(written, later);
     }
+}
+
+/// As above, to a device: it is released, and nothing is written behind where the copy was.
+#[test]
+fn a_cancel_leaves_a_device_that_can_be_opened_again() {
+    let (directory, file) = room("device");
+    let image = image_with(directory.path(), Fault::Slow);
+    sparse_file(&file, SIZE);
+    let device = LoopDevice::attach(&file, 4096).unwrap();
+    let target = BlockTarget { path: device.path.clone(), size: SIZE, reads_zero: false };
+    let progress = Progress::default();
+    let (error, late) = thread::scope(|scope| {
+        let copying = scope.spawn(|| populate(&image, &target, &OPTIONS, &progress).unwrap_err());
+        while progress.snapshot().bytes_processed < 8 << 20 {
+            thread::sleep(Duration::from_millis(5));
+        }
+        progress.stop(Stop::Cancel);
+        let stopped = Instant::now();
+        (copying.join().unwrap(), stopped.elapsed())
+    });
+    assert_eq!(error.code(), ErrorCode::Cancelled);
+    assert!(late < Duration::from_secs(1), "{late:?}");
+    assert!(progress.snapshot().bytes_processed < SIZE / 2);
+    sync(&target).unwrap();
+    let content = fs::read(&device.path).unwrap();
+    assert!(content[..4 << 20].iter().all(|byte| *byte == OLD));
+    assert!(content[SIZE as usize / 2..].iter().all(|byte| *byte == 0));
 }
 
 #[test]

@@ -128,6 +128,7 @@ fn mutated_tables_are_refused_or_read_as_qemu_does() {
     let (mut refused, mut same) = (0, 0);
     for (seed, options) in kinds().iter().enumerate() {
         let outcome = against_qemu(options, 80, seed as u64);
+        println!("refused {}, same {}, refused by qemu-img only {}: {options:?}", outcome.0, outcome.1, outcome.2);
         refused += outcome.0;
         same += outcome.1;
     }

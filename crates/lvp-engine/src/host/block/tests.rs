@@ -71,7 +71,7 @@ fn writes_and_zeroes_only_what_it_is_told() {
 }
 
 #[test]
-fn a_file_system_without_direct_io_or_holes_is_written_as_well() {
+fn a_file_in_memory_is_written_as_well() {
     // /dev/shm is a tmpfs.
     let directory = tempfile::tempdir_in("/dev/shm").unwrap();
     let path = directory.path().join("file");
