@@ -13,7 +13,8 @@ impl World {
     /// LVM fails.
     pub fn volumes(&self) -> Result<Vec<String>> {
         let names = self.vm.run_ok(&format!(
-            "lvs --noheadings --sort lv_name --options lv_name,lv_layout {VOLUME_GROUP} | awk '$2 !~ /pool/ {{ print $1 }}'"
+            "lvs --noheadings --sort lv_name --options lv_name,lv_layout {VOLUME_GROUP} |
+               awk '$2 !~ /pool/ {{ print $1 }}'"
         ))?;
         Ok(names.split_whitespace().map(str::to_owned).collect())
     }
