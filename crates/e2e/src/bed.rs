@@ -5,6 +5,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Result, ensure};
+use serde_json::{Value, json};
 
 use crate::{fixture::Fixture, minio::Minio, product::Product, vm::Vm};
 
@@ -27,9 +28,9 @@ for pool in $(virsh pool-list --all --name); do virsh pool-destroy $pool; virsh 
 systemctl kill --kill-whom=all --signal=KILL 'test-*.service'
 systemctl stop 'test-*.service'
 awk '$1 ~ "^/dev/(mapper/)?vg0" { print $2 }' /proc/mounts | xargs --no-run-if-empty umount
-volumes() { lvs --noheadings --options lv_path,lv_name vg0 | awk '$NF != "pool0" { print $1 }'; }
+volumes() { lvs --noheadings --options lv_full_name vg0 | awk '$1 != "vg0/pool0" { print $1 }'; }
 volumes | xargs --no-run-if-empty lvremove --force --yes
-rm -rf /var/lib/lvp-* /var/lib/libvirt/images/* /var/log/bed/*
+rm -rf /var/lib/lvp-* /var/lib/libvirt-volume-provisioner /var/lib/libvirt/images/{*,.lvp} /var/log/bed/*
 exec >&3
 volumes; virsh list --all --name; virsh pool-list --all --name"#;
 
@@ -41,6 +42,10 @@ pub struct World {
     pub minio: Minio,
     /// The binary on the host.
     pub binary: PathBuf,
+    /// An image that is written in a moment: a disk of 64 MiB with holes.
+    pub small: Fixture,
+    /// An image that takes a while: a disk of 128 MiB, almost full.
+    pub large: Fixture,
 }
 
 /// An image in the object store.
@@ -50,6 +55,13 @@ pub struct Published {
     pub url: String,
     /// The same as `s3://images/NAME`.
     pub s3_url: String,
+}
+
+impl Published {
+    /// The request to write it to this volume, of a size such as `80M`.
+    pub fn onto(&self, volume: &str, size: &str) -> Value {
+        json!({"image_url": self.url, "volume_name": volume, "size": size})
+    }
 }
 
 impl World {
@@ -65,7 +77,8 @@ impl World {
         let vm = Vm::boot()?;
         vm.copy_in(&binary, BINARY)?;
         vm.run_ok(&format!("chmod 755 {BINARY}"))?;
-        Ok(Self { vm, minio, binary })
+        let (small, large) = (Fixture::qcow2("small", 64, 8)?, Fixture::qcow2("large", 128, 112)?);
+        Ok(Self { vm, minio, binary, small, large })
     }
 
     /// Puts an image and its `.sha256` (as `sha256sum` prints it) into the bucket.
@@ -86,6 +99,20 @@ impl World {
     /// # Errors
     /// A byte differs (the error names the first), or the volume is not there.
     pub fn expect_image(&self, device: &str, image: &Fixture) -> Result<()> {
+        self.expect_content(device, image)?;
+        let tail = format!(
+            "volume=$(blockdev --getsize64 {device} 2>/dev/null || stat --dereference --format=%s {device})
+             cmp --bytes=$((volume - {size})) --ignore-initial={size}:0 {device} /dev/zero",
+            size = image.virtual_size
+        );
+        self.vm.run_ok_within(COMPARE, &tail).map(drop)
+    }
+
+    /// As [`World::expect_image`], without what follows the image: for a volume too large to be read.
+    ///
+    /// # Errors
+    /// As [`World::expect_image`].
+    pub fn expect_content(&self, device: &str, image: &Fixture) -> Result<()> {
         let (size, format) = (image.virtual_size, &image.format);
         let expected = format!("/var/lib/bed/{}", image.sha256);
         if self.vm.run(&format!("test -e {expected}"))?.code != 0 {
@@ -94,12 +121,7 @@ impl World {
             let convert = format!("qemu-img convert -f {format} -O raw {copy} {raw}; rm {copy}; mv {raw} {expected}");
             self.vm.run_ok_within(COMPARE, &convert)?;
         }
-        let compare = format!(
-            "volume=$(blockdev --getsize64 {device} 2>/dev/null || stat --dereference --format=%s {device})
-             cmp --bytes={size} {expected} {device}
-             cmp --bytes=$((volume - {size})) --ignore-initial={size}:0 {device} /dev/zero"
-        );
-        self.vm.run_ok_within(COMPARE, &compare).map(drop)
+        self.vm.run_ok_within(COMPARE, &format!("cmp --bytes={size} {expected} {device}")).map(drop)
     }
 
     /// The environment of a daemon that works with MinIO and the volume group, with state and cache of its own under
@@ -123,7 +145,24 @@ impl World {
     /// # Errors
     /// It does not come up; the error quotes its log.
     pub fn serve(&self, name: &str) -> Result<Product<'_>> {
-        Product::start(&self.vm, name, self.environment(name))
+        self.serve_in(name, self.environment(name))
+    }
+
+    /// As [`World::serve`], in an environment that a scenario changed.
+    ///
+    /// # Errors
+    /// As [`World::serve`].
+    pub fn serve_in(&self, name: &str, environment: Vec<(String, String)>) -> Result<Product<'_>> {
+        Product::start(&self.vm, name, environment)
+    }
+
+    /// The files in the cache of the daemon NAME, and what else is kept there, but for the lock.
+    ///
+    /// # Errors
+    /// There is no cache.
+    pub fn cached(&self, name: &str) -> Result<Vec<String>> {
+        let found = self.vm.run_ok(&format!("find /var/lib/lvp-{name}/cache -type f ! -name lock -printf '%P\\n'"))?;
+        Ok(found.lines().map(str::to_owned).collect())
     }
 
     /// Defines a domain without an operating system that has this block device as its disk, and starts it paused.
@@ -151,6 +190,10 @@ impl World {
         if !self.vm.is_on() {
             self.vm.boot_again()?;
         }
+        if !self.minio.is_running() {
+            self.minio.restart()?;
+        }
+        self.unthrottle()?;
         let left = self.vm.run_ok(RESET)?;
         ensure!(left.is_empty(), "left in the test machine: {left}\n{}", self.vm.run_ok("cat /tmp/reset.log")?);
         Ok(())

@@ -10,3 +10,4 @@ pub mod product;
 pub mod s3;
 pub mod server;
 pub mod vm;
+pub mod volumes;

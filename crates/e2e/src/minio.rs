@@ -129,6 +129,11 @@ impl Minio {
         *self.server() = None;
     }
 
+    /// Whether it runs.
+    pub fn is_running(&self) -> bool {
+        self.server().as_ref().is_some_and(Attached::is_running)
+    }
+
     /// Makes a bucket.
     ///
     /// # Errors

@@ -18,6 +18,8 @@ use crate::{
 
 /// How long it may take to come up.
 const START: Duration = Duration::from_secs(60);
+/// How long a provision may take.
+const JOB: Duration = Duration::from_secs(120);
 /// How long to leave it alone between two looks at a job: a look costs the emulated machine a tenth of a second.
 const POLL: Duration = Duration::from_millis(50);
 
@@ -141,6 +143,34 @@ impl<'vm> Product<'vm> {
     /// It failed, was cancelled, or has not ended within `limit`.
     pub fn job_completed(&self, id: &str, limit: Duration) -> Result<Value> {
         self.job_when(id, limit, |job| job["status"] == "completed")
+    }
+
+    /// Has a provision done that must complete, and returns the job.
+    ///
+    /// # Errors
+    /// It is refused, or ends otherwise.
+    pub fn completed(&self, request: &Value) -> Result<Value> {
+        self.job_completed(&self.provision(request)?, JOB)
+    }
+
+    /// Has a provision done that must fail with this code, and returns the job.
+    ///
+    /// # Errors
+    /// It is refused at once, or ends otherwise.
+    pub fn failed(&self, request: &Value, code: &str) -> Result<Value> {
+        let job = self.job_ended(&self.provision(request)?, JOB)?;
+        ensure!(job["status"] == "failed" && job["error_code"] == code, "not failed with {code}: {job:#}");
+        Ok(job)
+    }
+
+    /// Waits until a job writes to its volume.
+    ///
+    /// # Errors
+    /// It ends before.
+    pub fn populating(&self, id: &str) -> Result<Value> {
+        self.job_when(id, JOB, |job| {
+            job["progress"]["stage"] == "populating" && job["progress"]["bytes_processed"].as_u64() > Some(0)
+        })
     }
 }
 

@@ -1,7 +1,8 @@
 //! An HTTP/1.1 server that misbehaves on demand: what object stores, proxies and web servers do to a download.
 //!
 //! Each path has one [`Page`], which says what is served and what goes wrong; all requests are kept, with their headers.
-//! It runs on its own thread, so it serves tests with and without a runtime. It leaves out TLS and request bodies.
+//! It runs on its own thread, so it serves tests with and without a runtime. With TLS, its certificate is of an authority
+//! that nobody knows. It leaves out request bodies.
 
 use std::{
     collections::HashMap,
@@ -12,9 +13,13 @@ use std::{
 
 use bytes::Bytes;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::TcpListener,
     runtime::{Builder, Runtime},
+};
+use tokio_rustls::{
+    TlsAcceptor,
+    rustls::{ServerConfig, pki_types::PrivateKeyDer},
 };
 
 /// Largest head of a request, in bytes.
@@ -197,6 +202,7 @@ pub struct Server {
     address: SocketAddr,
     site: Arc<Mutex<Site>>,
     runtime: Option<Runtime>,
+    authority: Option<String>,
 }
 
 impl Server {
@@ -205,6 +211,31 @@ impl Server {
     /// # Panics
     /// When no port or thread can be had.
     pub fn start() -> Self {
+        Self::run(None)
+    }
+
+    /// As [`Server::start`], with TLS under a certificate that it makes.
+    ///
+    /// # Panics
+    /// When no certificate, port or thread can be had.
+    pub fn start_tls() -> Self {
+        let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).expect("a certificate");
+        let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).expect("a key");
+        let settings = ServerConfig::builder()
+            .with_no_client_auth()
+            .with_single_cert(vec![made.cert.der().clone()], key)
+            .expect("a TLS configuration");
+        let mut server = Self::run(Some(TlsAcceptor::from(Arc::new(settings))));
+        server.authority = Some(made.cert.pem());
+        server
+    }
+
+    /// With TLS: the certificate to trust, as PEM.
+    pub fn authority(&self) -> Option<&str> {
+        self.authority.as_deref()
+    }
+
+    fn run(tls: Option<TlsAcceptor>) -> Self {
         let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
         let site = Arc::new(Mutex::new(Site::default()));
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
@@ -214,19 +245,26 @@ impl Server {
         runtime.spawn(async move {
             let listener = TcpListener::from_std(listener).expect("a listener");
             while let Ok((stream, _)) = listener.accept().await {
-                let site = shared.clone();
+                let (site, tls) = (shared.clone(), tls.clone());
                 tokio::spawn(async move {
                     // A client that goes away in the middle is what some tests do.
-                    let _ = serve(stream, &site).await;
+                    let _ = match tls {
+                        None => serve(stream, &site).await,
+                        Some(tls) => match tls.accept(stream).await {
+                            Ok(stream) => serve(stream, &site).await,
+                            Err(error) => Err(error),
+                        },
+                    };
                 });
             }
         });
-        Self { address, site, runtime: Some(runtime) }
+        Self { address, site, runtime: Some(runtime), authority: None }
     }
 
     /// The URL of a path (which begins with `/`).
     pub fn url(&self, path: &str) -> String {
-        format!("http://{}{path}", self.address)
+        let scheme = if self.authority.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}{path}", self.address)
     }
 
     /// Serves a page at a path, in place of what was there.
@@ -262,7 +300,7 @@ fn site(site: &Mutex<Site>) -> MutexGuard<'_, Site> {
     site.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn serve(mut stream: TcpStream, shared: &Mutex<Site>) -> std::io::Result<()> {
+async fn serve(mut stream: impl AsyncRead + AsyncWrite + Unpin, shared: &Mutex<Site>) -> std::io::Result<()> {
     let Some(request) = read_request(&mut stream).await? else { return Ok(()) };
     let answer = {
         let mut site = site(shared);
@@ -276,9 +314,10 @@ async fn serve(mut stream: TcpStream, shared: &Mutex<Site>) -> std::io::Result<(
     stream.shutdown().await
 }
 
-async fn read_request(stream: &mut TcpStream) -> std::io::Result<Option<Received>> {
+async fn read_request(stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> std::io::Result<Option<Received>> {
     let mut head = Vec::new();
-    while !head.ends_with(b"\r\n\r\n") && head.len() < HEAD {
+    // What begins with a control character is TLS, and answered as web servers do: with a status in clear text.
+    while !head.ends_with(b"\r\n\r\n") && head.len() < HEAD && !head.first().is_some_and(u8::is_ascii_control) {
         match stream.read_u8().await {
             Ok(byte) => head.push(byte),
             Err(_) => return Ok(None),
@@ -287,7 +326,10 @@ async fn read_request(stream: &mut TcpStream) -> std::io::Result<Option<Received
     let head = String::from_utf8_lossy(&head);
     let mut lines = head.lines();
     let mut words = lines.next().unwrap_or_default().split(' ');
-    let (Some(method), Some(target)) = (words.next(), words.next()) else { return Ok(None) };
+    let (Some(method), Some(target)) = (words.next(), words.next()) else {
+        Answer::status(400, &[]).send(stream, false).await?;
+        return Ok(None);
+    };
     let headers = lines
         .filter_map(|line| line.split_once(':'))
         .map(|(name, value)| (name.to_ascii_lowercase(), value.trim().to_owned()))
@@ -312,7 +354,7 @@ impl Answer {
         Self { status, headers, body: Bytes::new(), chunked: false, end: None, pace: None }
     }
 
-    async fn send(self, stream: &mut TcpStream, head_only: bool) -> std::io::Result<()> {
+    async fn send(self, stream: &mut (impl AsyncWrite + Unpin), head_only: bool) -> std::io::Result<()> {
         let mut head = format!("HTTP/1.1 {} Status\r\nconnection: close\r\n", self.status);
         for (name, value) in &self.headers {
             head.push_str(&format!("{name}: {value}\r\n"));
@@ -403,7 +445,7 @@ fn content(page: &mut Page, request: &Received) -> Answer {
 
 /// Where this answer breaks off: at the first cut or stall that lies inside what it sends, which is then used up.
 fn ending(page: &mut Page, from: usize, to: usize) -> Option<(usize, bool)> {
-    let mut take = |points: &mut Vec<u64>, stalls| {
+    let take = |points: &mut Vec<u64>, stalls| {
         let at = points.iter().position(|at| (from as u64..to as u64).contains(at))?;
         Some((points.remove(at) as usize - from, stalls))
     };

@@ -2,7 +2,7 @@
 //!
 //! The database holds jobs and nothing else; LVM and libvirt are the truth about volumes and VMs.
 
-use std::{path::Path, time::Duration};
+use std::{fs::Permissions, os::unix::fs::PermissionsExt, path::Path, time::Duration};
 
 use lvp_api::ErrorCode;
 use rusqlite::{Connection, TransactionBehavior};
@@ -45,6 +45,9 @@ const MIGRATIONS: &[&str] = &["
 /// `database_unavailable`: not a database, corrupt, from a newer lvp, not writable. The file is never changed then.
 pub fn open(path: &Path) -> Result<Connection> {
     let mut connection = Connection::open(path).map_err(|error| unusable(path, error))?;
+    // A job keeps its image's URL as it was given, which may be signed.
+    std::fs::set_permissions(path, Permissions::from_mode(0o600))
+        .map_err(|error| Error::io("protecting", path, error))?;
     prepare(&mut connection, path)?;
     Ok(connection)
 }

@@ -171,15 +171,13 @@ impl Engine {
                 return None;
             }
             loop {
+                if last.is_some() {
+                    let _ = time::timeout(WATCH_INTERVAL, changes.changed()).await;
+                }
                 changes.mark_unchanged();
                 match engine.job(id).await {
-                    Ok(job) if last.as_ref() == Some(&job) => {
-                        let _ = time::timeout(WATCH_INTERVAL, changes.changed()).await;
-                    }
+                    Ok(job) if last.as_ref() == Some(&job) => {}
                     Ok(job) => {
-                        if last.is_some() && !job.status.is_terminal() {
-                            time::sleep(WATCH_INTERVAL).await;
-                        }
                         let ended = job.status.is_terminal();
                         return Some((Ok(job.clone()), (engine, changes, Some(job), ended)));
                     }

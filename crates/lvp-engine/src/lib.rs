@@ -3,8 +3,7 @@
 //! Modules import from lines below their own only, siblings never (`tests/layers.rs` holds it):
 //!
 //! ```text
-//!  row 4   engine                    Engine: the only door for front ends
-//!  row 3   doctor                    what is wrong with this host, and the fix
+//!  row 4   engine doctor             Engine: the only door for front ends; the examination of a host
 //!  row 3   settings health           what it is told, what it tells of itself
 //!  row 2   provision                 the use case as a list of steps: where the siblings below meet
 //!  row 1   image format volume job   sources and cache · readers and copy · backends · queue, runner, store

@@ -24,10 +24,15 @@ pub fn job_started() {
     gauge!(ACTIVE_JOBS).increment(1.0);
 }
 
+/// Counts a job that ended.
+pub fn job_ended(status: JobStatus) {
+    counter!(JOBS, "status" => status.name()).increment(1);
+}
+
 /// Counts a job that stops running. `None`: it was interrupted and will run again.
 pub fn job_stopped(status: Option<JobStatus>) {
     if let Some(status) = status {
-        counter!(JOBS, "status" => status.name()).increment(1);
+        job_ended(status);
     }
     gauge!(ACTIVE_JOBS).decrement(1.0);
 }

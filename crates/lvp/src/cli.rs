@@ -30,7 +30,7 @@ pub struct Global {
     #[arg(long, short, global = true, value_enum, default_value_t = Output::Table)]
     pub output: Output,
     /// Talk to the daemon at this URL
-    #[arg(long, global = true, env = "LVP_SERVER", conflicts_with = "local", value_name = "URL")]
+    #[arg(long, global = true, env = "LVP_SERVER", value_name = "URL")]
     pub server: Option<String>,
     /// Do the work in this process, with no daemon
     #[arg(long, global = true)]

@@ -8,7 +8,10 @@
 //! ```
 //! So every command is written once, against the client, and behaves the same with and without a daemon.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use lvp_api::{ErrorBody, ErrorCode, client::Client};
 use lvp_engine::{Engine, Error, Recovery};
@@ -16,6 +19,9 @@ use lvp_server::listen::{self, Addresses};
 use tokio::{net::UnixStream, sync::watch, task::JoinHandle};
 
 use crate::{cli::Global, config::Config};
+
+/// A locked state is tried again after this long.
+const LOCK_WAIT: Duration = Duration::from_millis(300);
 
 /// A reachable engine.
 pub struct Connection {
@@ -35,7 +41,7 @@ struct LocalEngine {
 impl Connection {
     /// Reaches an engine. `recovery`: what an engine of this process does with jobs that an earlier one left.
     pub async fn open(global: &Global, config: &Config, recovery: Recovery) -> Result<Self, Box<ErrorBody>> {
-        if let Some(url) = &global.server {
+        if let Some(url) = global.server.as_ref().filter(|_| !global.local) {
             return Ok(Self { client: Client::at(url)?, local: None });
         }
         if !global.local
@@ -43,7 +49,7 @@ impl Connection {
         {
             return Ok(Self { client: Client::at_socket(&socket)?, local: None });
         }
-        let local = LocalEngine::start(config, recovery).await.map_err(body)?;
+        let local = LocalEngine::start_in_turn(config, recovery).await.map_err(body)?;
         Ok(Self { client: Client::at_socket(&socket_in(local._directory.path()))?, local: Some(local) })
     }
 
@@ -63,6 +69,24 @@ impl Connection {
 }
 
 impl LocalEngine {
+    /// Starts, after any other command that works without a daemon: two at once are two in a row. A command that only
+    /// looks does not wait.
+    async fn start_in_turn(config: &Config, recovery: Recovery) -> lvp_engine::Result<Self> {
+        let mut told = false;
+        loop {
+            match Self::start(config, recovery).await {
+                Err(error) if error.code() == ErrorCode::StateLocked && recovery == Recovery::Undo => {
+                    if !told {
+                        eprintln!("waiting: {}", error.chain());
+                        told = true;
+                    }
+                    tokio::time::sleep(LOCK_WAIT).await;
+                }
+                result => return result,
+            }
+        }
+    }
+
     async fn start(config: &Config, recovery: Recovery) -> lvp_engine::Result<Self> {
         let engine = Engine::open(config.engine(recovery)?).await?;
         // Made with mode 0700, so that nobody else reaches the socket in it.
@@ -100,6 +124,7 @@ async fn daemon_socket(config: &Config) -> lvp_engine::Result<Option<PathBuf>> {
 }
 
 /// The engine's error as the command line prints it.
+#[allow(clippy::needless_pass_by_value, reason = "it stands in map_err, which gives the error away")]
 pub fn body(error: Error) -> Box<ErrorBody> {
     Box::new(error.to_body())
 }

@@ -14,17 +14,17 @@ use crate::cli::Output;
 pub fn print<T: Serialize>(value: &T, output: Output, table: impl FnOnce(&T) -> String) -> Result<(), Box<ErrorBody>> {
     let text = match output {
         Output::Table => table(value),
-        Output::Json => serde_json::to_string_pretty(value).map_err(|error| failed(error.to_string()))?,
-        Output::Yaml => serde_saphyr::to_string(value).map_err(|error| failed(error.to_string()))?,
+        Output::Json => serde_json::to_string_pretty(value).map_err(|error| failed(&error.to_string()))?,
+        Output::Yaml => serde_saphyr::to_string(value).map_err(|error| failed(&error.to_string()))?,
     };
     match writeln!(io::stdout().lock(), "{}", text.trim_end()) {
         // The reader of a pipe has seen enough.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        result => result.map_err(|error| failed(error.to_string())),
+        result => result.map_err(|error| failed(&error.to_string())),
     }
 }
 
-fn failed(why: String) -> Box<ErrorBody> {
+fn failed(why: &str) -> Box<ErrorBody> {
     Box::new(
         lvp_engine::Error::new(ErrorCode::InputOutput, format!("the result could not be printed: {why}")).to_body(),
     )

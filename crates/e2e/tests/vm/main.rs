@@ -4,13 +4,22 @@
 //! fails, the machine's logs are in `target/e2e/NAME/`. A scenario is a function that gets the world and returns a
 //! result, and a line in the table of its module. It leaves out the scenarios: one module per subject.
 
+mod cache;
+mod command;
+mod conformance;
+mod interruption;
+mod provision;
+mod queue;
+mod refusal;
+mod reuse;
 mod smoke;
+mod source;
 
 use std::{
     path::PathBuf,
     process::ExitCode,
     sync::{Arc, OnceLock},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::Result;
@@ -21,7 +30,21 @@ use libtest_mimic::{Arguments, Failed, Trial};
 type Scenario = (&'static str, fn(&World) -> Result<()>);
 
 /// Every subject and its scenarios.
-const SUBJECTS: &[(&str, &[Scenario])] = &[("smoke", smoke::SCENARIOS)];
+const SUBJECTS: &[(&str, &[Scenario])] = &[
+    ("smoke", smoke::SCENARIOS),
+    ("conformance", conformance::SCENARIOS),
+    ("provision", provision::SCENARIOS),
+    ("reuse", reuse::SCENARIOS),
+    ("refusal", refusal::SCENARIOS),
+    ("source", source::SCENARIOS),
+    ("interruption", interruption::SCENARIOS),
+    ("queue", queue::SCENARIOS),
+    ("cache", cache::SCENARIOS),
+    ("command", command::SCENARIOS),
+];
+
+/// What one job, or one command that waits for a job, may take in the emulated machine.
+const JOB: Duration = Duration::from_secs(120);
 
 /// Booted by the first scenario that runs, so that `--list` does not.
 type Shared = Arc<OnceLock<Result<World>>>;

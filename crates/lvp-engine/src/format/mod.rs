@@ -37,8 +37,6 @@ pub const VIRTUAL_SIZE_LIMIT: u64 = 1 << 50;
 /// What an image's header says, found to be possible.
 #[derive(Debug, Clone)]
 pub struct Header {
-    /// The format, as declared and as found.
-    pub format: ImageFormat,
     /// The size of the disk in the image, in bytes; not always a multiple of 512.
     pub virtual_size: u64,
     /// The size of the image itself, in bytes.
@@ -102,12 +100,13 @@ pub fn inspect(bytes: &dyn Bytes, declared: ImageFormat) -> Result<Header> {
                 "{} has a virtual size of {virtual_size} bytes; at most {VIRTUAL_SIZE_LIMIT} are accepted",
                 bytes.name()
             ),
-        ));
+        )
+        .hint("check that the image is what it is meant to be; no volume can hold such a disk"));
     }
     if let Layout::Qcow2(header) = &layout {
         qcow2::check_first_level(bytes, header)?;
     }
-    Ok(Header { format: declared, virtual_size, stored_size: bytes.len(), layout })
+    Ok(Header { virtual_size, stored_size: bytes.len(), layout })
 }
 
 /// An image that passed the whole gate.
@@ -139,24 +138,9 @@ impl Image {
         Self::open(Arc::new(FileBytes::open(path)?), declared)
     }
 
-    /// What the header says.
-    pub fn header(&self) -> &Header {
-        &self.header
-    }
-
-    /// The format.
-    pub fn format(&self) -> ImageFormat {
-        self.header.format
-    }
-
     /// The size of the disk, in bytes.
     pub fn virtual_size(&self) -> u64 {
         self.header.virtual_size
-    }
-
-    /// The size of the image itself, in bytes.
-    pub fn stored_size(&self) -> u64 {
-        self.header.stored_size
     }
 
     /// How many of the guest's bytes are stored; all others are zero.

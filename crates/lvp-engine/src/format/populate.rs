@@ -55,7 +55,7 @@ impl Default for PopulateOptions {
 pub struct Populated {
     /// Bytes of the disk that were read from the image and, where compressed, decoded.
     pub bytes_decoded: u64,
-    /// Bytes written; short runs of zeros between data are among them.
+    /// Bytes written; where the target does not read zero, short runs of zeros between data are among them.
     pub bytes_written: u64,
     /// Bytes made zero by the target, or by writing zeros where it cannot.
     pub bytes_zeroed: u64,

@@ -71,12 +71,6 @@ pub fn run(program: &str, arguments: &[impl AsRef<OsStr>], limit: Duration) -> R
     Ok(Finished { code: status.code().unwrap_or(-1), stdout: stdout.join().unwrap_or_default(), stderr: tail(&stderr) })
 }
 
-/// As [`run`], but any exit code other than 0 is the error `command_failed`.
-pub fn run_ok(program: &str, arguments: &[impl AsRef<OsStr>], limit: Duration) -> Result<Finished> {
-    let finished = run(program, arguments, limit)?;
-    if finished.code == 0 { Ok(finished) } else { Err(failed(program, arguments, &finished)) }
-}
-
 /// The error for a program that ended with a code other than 0.
 pub fn failed(program: &str, arguments: &[impl AsRef<OsStr>], finished: &Finished) -> Error {
     let said =
@@ -128,7 +122,8 @@ mod tests {
 
     #[test]
     fn quotes_what_the_program_said() {
-        let error = run_ok("sh", &["-c", "echo no such group >&2; exit 5"], LIMIT).unwrap_err();
+        let arguments = ["-c", "echo no such group >&2; exit 5"];
+        let error = failed("sh", &arguments, &run("sh", &arguments, LIMIT).unwrap());
         assert_eq!(error.to_string(), "sh failed with exit code 5: no such group");
     }
 
@@ -149,7 +144,7 @@ mod tests {
 
     #[test]
     fn output_larger_than_a_pipe_is_read_whole() {
-        let finished = run_ok("seq", &["100000"], LIMIT).unwrap();
+        let finished = run("seq", &["100000"], LIMIT).unwrap();
         assert!(finished.stdout.ends_with("100000\n"));
     }
 }

@@ -40,11 +40,6 @@ impl Libvirt {
         Self { uri: uri.into() }
     }
 
-    /// The URI.
-    pub fn uri(&self) -> &str {
-        &self.uri
-    }
-
     /// Whether libvirt answers; gives its version as text. Blocks.
     pub fn version(&self) -> Result<String> {
         let number = self.call("asking for the version", |connection| connection.lib_version())?;

@@ -14,14 +14,14 @@
 //! Everything here blocks.
 
 use std::{
-    fs::{DirBuilder, File, OpenOptions},
-    io::{self, Read, Write},
+    fs::{DirBuilder, File},
+    io,
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
 };
 
 use lvp_api::{Digest, ErrorCode, ImageFormat};
-use rustix::fs::{CWD, FlockOperation, RenameFlags};
+use rustix::fs::{CWD, RenameFlags};
 
 use super::sidecar::Sidecar;
 use crate::{
@@ -126,10 +126,13 @@ impl Directory {
         self.forget(name).map(|()| None)
     }
 
-    /// Removes a sidecar.
+    /// Removes a sidecar, if there is one.
     fn forget(&self, name: &str) -> Result<()> {
         let path = self.sidecar(name);
-        std::fs::remove_file(&path).map_err(|error| Error::io("removing", &path, error))
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("removing", &path, error)),
+            _ => Ok(()),
+        }
     }
 
     /// Writes a sidecar.

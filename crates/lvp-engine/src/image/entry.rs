@@ -11,7 +11,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use lvp_api::{Digest, Image, ImageFormat};
+use lvp_api::{Digest, Image};
 
 use super::sidecar::Sidecar;
 
@@ -75,19 +75,9 @@ impl Entry {
         self.record.sidecar().sha256.clone()
     }
 
-    /// The format that it was fetched as. A request may declare another one: then its gate refuses it.
-    pub fn format(&self) -> ImageFormat {
-        self.record.sidecar().format
-    }
-
     /// The file's size in bytes.
     pub fn size(&self) -> u64 {
         self.record.sidecar().size
-    }
-
-    /// The size in bytes of the disk in it.
-    pub fn virtual_size(&self) -> u64 {
-        self.record.sidecar().virtual_size
     }
 
     /// As the API shows it.

@@ -58,7 +58,7 @@ fn authorities(path: &Path) -> Result<Vec<Certificate>> {
             ErrorCode::InvalidConfiguration,
             format!("the file of certificate authorities {} {why}", path.display()),
         )
-        .hint("name a PEM file with at least one BEGIN CERTIFICATE block")
+        .hint("name a PEM file with at least one BEGIN CERTIFICATE block in LVP_CA_CERT_FILE")
     };
     let pem = std::fs::read(path).map_err(|error| refuse("cannot be read").source(error))?;
     match Certificate::from_pem_bundle(&pem) {
@@ -121,8 +121,8 @@ fn unanswered(error: &reqwest::Error, of: &ImageUrl) -> Failure {
     if is_tls(error) {
         let error = unreachable(format!("no TLS connection to {host} can be made")).source(cause);
         return Failure::never(error.hint(
-            "check that the server speaks https; if its certificate is of a private authority, configure that \
-             authority's file",
+            "check that the server speaks https; if its certificate is of a private authority, name that authority's \
+             file in LVP_CA_CERT_FILE",
         ));
     }
     if error.is_timeout() {

@@ -27,7 +27,7 @@ use super::{
     entry::Entry,
     flight::{Flights, Joined, Lead},
     hasher::{Digests, Hasher},
-    index::{Index, Reservation, Usage},
+    index::{Index, Reservation},
     location::ImageUrl,
     reader::Reader,
     settings::SourceSettings,
@@ -72,11 +72,11 @@ pub struct Wanted {
 /// The image cache. Clones are the same cache.
 #[derive(Clone)]
 pub struct Images {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
 }
 
-struct Shared {
-    index: Arc<Index>,
+pub(super) struct Shared {
+    pub(super) index: Arc<Index>,
     flights: Flights,
     sources: Sources,
     pool: Option<StoragePool>,
@@ -88,7 +88,8 @@ pub struct Resolved {
     source: Source,
     expected: Option<Digest>,
     cached: Option<Entry>,
-    info: Option<SourceInfo>,
+    /// What the source says, when it had to be asked.
+    pub(super) info: Option<SourceInfo>,
 }
 
 /// What a fetch gave.
@@ -96,7 +97,7 @@ pub enum Fetch {
     /// The image was in the cache, or another request brought it meanwhile.
     Cached(Entry),
     /// The image was downloaded and its digest is right; it is not in the cache yet.
-    New(Unpublished),
+    New(Box<Unpublished>),
 }
 
 /// A downloaded image that is not in the cache. Dropped, it is gone, and the next request downloads it.
@@ -107,18 +108,13 @@ pub struct Unpublished {
     wanted: Wanted,
     info: Option<SourceInfo>,
     verified: bool,
-    size: u64,
-    digests: Digests,
+    pub(super) size: u64,
+    pub(super) digests: Digests,
     /// Last, so that the next request begins after the partial file is gone.
     lead: Lead,
 }
 
 impl Resolved {
-    /// What was asked for.
-    pub fn wanted(&self) -> &Wanted {
-        &self.wanted
-    }
-
     /// The promised digest.
     pub fn expected(&self) -> Option<&Digest> {
         self.expected.as_ref()
@@ -127,11 +123,6 @@ impl Resolved {
     /// The cached image, when this is a hit. It may have been fetched as another format than is wanted now.
     pub fn cached(&self) -> Option<&Entry> {
         self.cached.as_ref()
-    }
-
-    /// What the source says, when it had to be asked.
-    pub fn info(&self) -> Option<&SourceInfo> {
-        self.info.as_ref()
     }
 
     /// The size of the file in bytes, if known.
@@ -151,10 +142,12 @@ impl Resolved {
             .and_then(|info| Some(Reader::remote(self.source.clone(), info.clone(), info.size?, progress.clone()))))
     }
 
+    /// One key, one download. The format is part of it, since a download is refused for what it was declared to be.
     fn key(&self) -> String {
+        let format = self.wanted.format;
         match &self.expected {
-            Some(digest) => format!("{}-{}", digest.algorithm().name(), digest.hex()),
-            None => format!("url-{}", self.wanted.url.identity()),
+            Some(digest) => format!("{}-{}.{format}", digest.algorithm().name(), digest.hex()),
+            None => format!("url-{}.{format}", self.wanted.url.identity()),
         }
     }
 }
@@ -268,23 +261,26 @@ impl Images {
             }
         };
         let Downloaded { partial, size, digests } = downloaded;
-        let sha256 = digests.sha256.clone();
-        if let Some(entry) = self.with_index(move |index| Ok(index.by_digest(&sha256))).await? {
+        let verified = resolved.expected.is_some();
+        // The virtual size is the known image's business: nothing new is written.
+        let sidecar = Sidecar::new(&digests, resolved.wanted.format, size, 0, verified);
+        let seen = SourceRecord::new(&resolved.wanted.url, resolved.info.as_ref(), size);
+        if let Some(entry) = self.with_index(move |index| index.adopt(&sidecar, &seen)).await? {
             drop(partial);
             lead.publish(&entry);
-            return self.hit(entry, resolved).await;
+            return Ok(Fetch::Cached(entry));
         }
-        Ok(Fetch::New(Unpublished {
+        Ok(Fetch::New(Box::new(Unpublished {
             images: self.clone(),
             partial,
             reservation,
             wanted: resolved.wanted.clone(),
             info: resolved.info.clone(),
-            verified: resolved.expected.is_some(),
+            verified,
             size,
             digests,
             lead,
-        }))
+        })))
     }
 
     /// Notes the use of a cached image. That the note cannot be written is no reason to refuse the image.
@@ -408,11 +404,6 @@ impl Images {
         Ok(())
     }
 
-    /// What the cache holds and what is free.
-    pub async fn usage(&self) -> Result<Usage> {
-        self.with_index(|index| index.usage()).await
-    }
-
     /// Whether the cache can be used.
     pub async fn check(&self) -> Check {
         let name = "cache".to_owned();
@@ -438,16 +429,6 @@ impl Unpublished {
     /// The file, complete, with the right digest; its name is not the one that it will have.
     pub fn path(&self) -> &std::path::Path {
         self.partial.path()
-    }
-
-    /// Its SHA-256.
-    pub fn digest(&self) -> &Digest {
-        &self.digests.sha256
-    }
-
-    /// Its size in bytes.
-    pub fn size(&self) -> u64 {
-        self.size
     }
 
     /// Makes it an image of the cache, durably, under a name that nobody else's file has.

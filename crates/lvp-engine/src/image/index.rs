@@ -203,6 +203,18 @@ impl Index {
         Ok(())
     }
 
+    /// The image that has the bytes of a complete download already; notes what the download knows of it.
+    pub fn adopt(&self, sidecar: &Sidecar, seen: &SourceRecord) -> Result<Option<Entry>> {
+        let Some(entry) = self.by_digest(&sidecar.sha256) else { return Ok(None) };
+        self.update(&entry, |known| {
+            known.verified |= sidecar.verified;
+            known.sha512 = known.sha512.take().or_else(|| sidecar.sha512.clone());
+            known.last_used_at = Timestamp::now();
+            known.see(seen.clone());
+        })?;
+        Ok(Some(entry))
+    }
+
     /// Makes an image of a complete download, or finds the one that has the same bytes already.
     pub fn publish(
         &self,
@@ -213,13 +225,7 @@ impl Index {
         reservation: &Reservation,
     ) -> Result<Entry> {
         let _one_at_a_time = self.publishing.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(entry) = self.by_digest(&sidecar.sha256) {
-            self.update(&entry, |known| {
-                known.verified |= sidecar.verified;
-                known.sha512 = known.sha512.take().or(sidecar.sha512);
-                known.last_used_at = Timestamp::now();
-                known.see(seen);
-            })?;
+        if let Some(entry) = self.adopt(&sidecar, &seen)? {
             return Ok(entry);
         }
         let mut sidecar = sidecar;
@@ -252,8 +258,11 @@ impl Index {
         let mut idle: Vec<_> = state
             .records
             .values()
-            .filter(|record| !in_use(record) && !record.sidecar().pinned)
-            .map(|record| (record.sidecar().last_used_at, record.sidecar().size, record.name.clone()))
+            .filter(|record| !in_use(record))
+            .filter_map(|record| {
+                let sidecar = record.sidecar();
+                (!sidecar.pinned).then(|| (sidecar.last_used_at, sidecar.size, record.name.clone()))
+            })
             .collect();
         idle.sort();
         let evictable: u64 = idle.iter().map(|(_, size, _)| size).sum();
@@ -280,8 +289,9 @@ impl Index {
     fn lack(&self, state: &State, more: u64) -> Result<u64> {
         let reserved: u64 = state.reservations.values().map(|space| space.reserved).sum();
         let promised: u64 = state.reservations.values().map(|space| space.reserved.saturating_sub(space.written)).sum();
-        let over_limit = self.max_bytes.map_or(0, |limit| (state.used() + reserved + more).saturating_sub(limit));
-        Ok(over_limit.max((promised + more).saturating_sub(self.directory.free()?)))
+        let over_limit =
+            self.max_bytes.map_or(0, |limit| (state.used() + reserved).saturating_add(more).saturating_sub(limit));
+        Ok(over_limit.max(promised.saturating_add(more).saturating_sub(self.directory.free()?)))
     }
 
     fn full(&self, state: &State, more: u64, evictable: u64) -> Result<Error> {

@@ -37,10 +37,8 @@ mod tests;
 mod web;
 
 pub use entry::Entry;
-pub use images::{Fetch, ImageSettings, Images, Resolved, Unpublished, Wanted};
-pub use index::Usage;
+pub use images::{Fetch, ImageSettings, Images, Resolved, Wanted};
 pub use location::ImageUrl;
 pub use probe::probe_store;
 pub use reader::Reader;
 pub use settings::{Credentials, Secret, SourceSettings, parse_endpoint};
-pub use source::SourceInfo;

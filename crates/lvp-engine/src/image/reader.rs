@@ -63,11 +63,6 @@ impl Reader {
         self.length
     }
 
-    /// Whether there is nothing to read.
-    pub fn is_empty(&self) -> bool {
-        self.length == 0
-    }
-
     /// Fills `buffer` with what lies at `offset`.
     ///
     /// # Errors

@@ -4,7 +4,12 @@
 //! [`Source::open`] is one attempt, since only the reader of a stream knows how much of it need not come again.
 //! It leaves out the single request (`web`, `file`) and hashing (`download`).
 
-use std::{fs::File, os::unix::fs::FileExt, path::PathBuf, sync::Arc};
+use std::{
+    fs::File,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use bytes::{Bytes, BytesMut};
 use lvp_api::ErrorCode;
@@ -164,7 +169,7 @@ impl Source {
     /// All of a small file, `limit` bytes at most; `None` when it is definitely not there.
     pub async fn read_small(&self, limit: usize, progress: &Progress) -> Result<Option<Small>> {
         let read = match self.path() {
-            Some(path) => blocking(move || read_small_file(path, limit)).await,
+            Some(path) => blocking(move || read_small_file(&path, limit)).await,
             None => self.repeat(progress, move || self.small_once(limit)).await,
         };
         match read {
@@ -219,11 +224,11 @@ pub(super) enum Small {
     TooLarge,
 }
 
-fn read_small_file(path: PathBuf, limit: usize) -> Result<Small> {
-    if file::look(&path)?.size.is_some_and(|size| size > limit as u64) {
+fn read_small_file(path: &Path, limit: usize) -> Result<Small> {
+    if file::look(path)?.size.is_some_and(|size| size > limit as u64) {
         return Ok(Small::TooLarge);
     }
-    std::fs::read(&path).map(|bytes| Small::Whole(bytes.into())).map_err(|error| file::failed(&path, error))
+    std::fs::read(path).map(|bytes| Small::Whole(bytes.into())).map_err(|error| file::failed(path, error))
 }
 
 /// Bytes on their way.

@@ -50,8 +50,10 @@ impl Web<'_> {
             Ok(response) => {
                 let mut info = describe(&response);
                 let ranges = text(&response, &ACCEPT_RANGES).map(|value| value.trim().to_ascii_lowercase());
-                info.accepts_ranges = ranges.as_deref() == Some("bytes");
-                let says_enough = info.size.is_some_and(|size| size > 0) && ranges.is_some();
+                // S3 always has ranges, but not every store says so.
+                let is_object = matches!(self.url.location(), Location::Object { .. });
+                info.accepts_ranges = ranges.as_deref().map_or(is_object, |ranges| ranges == "bytes");
+                let says_enough = info.size.is_some_and(|size| size > 0) && (ranges.is_some() || is_object);
                 if !says_enough && let Ok(probed) = self.probe().await {
                     info.size = probed.size.or(info.size);
                     info.accepts_ranges = probed.accepts_ranges;

@@ -39,10 +39,13 @@ use crate::{
 /// A job that was interrupted this often is not begun again.
 const MOST_ATTEMPTS: u32 = 5;
 
+/// Makes the context of a job from what is stored of it.
+pub type MakeContext<C> = Box<dyn Fn(&Stored, Progress) -> Result<C> + Send + Sync>;
+
 /// What the use cases give: how a job's context is made, what its steps are, and what of it is recorded.
 pub struct Execution<C: 'static> {
     /// Makes the context of a job from what is stored.
-    pub context: Box<dyn Fn(&Stored, Progress) -> Result<C> + Send + Sync>,
+    pub context: MakeContext<C>,
     /// The steps of this kind of job.
     pub steps: fn(JobKind) -> &'static [Step<C>],
     /// What of the context is kept with each step.
@@ -160,7 +163,10 @@ impl<C: Send + 'static> Runner<C> {
             }
             JobStatus::Pending | JobStatus::Running => {}
         }
-        self.inner.store.request_cancel(id).await?;
+        let after = self.inner.store.request_cancel(id).await?;
+        if after.is_some_and(|after| after.status == JobStatus::Cancelled) {
+            metrics::job_ended(JobStatus::Cancelled);
+        }
         if let Some(live) = self.inner.live().get(&id) {
             live.progress.stop(Stop::Cancel);
         }

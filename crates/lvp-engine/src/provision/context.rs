@@ -12,31 +12,18 @@ use super::{
     in_use::refuse_in_use,
     order::{Order, VolumeOrder},
     plan,
+    services::Services,
 };
 use crate::{
     error::{Error, Result},
     format::{self, Image, PopulateOptions, Populated},
-    host::{block::BlockTarget, libvirt::Libvirt},
-    image::{Entry, Fetch, Images, Resolved, SourceSettings},
+    host::block::BlockTarget,
+    image::{Entry, Fetch, Resolved},
     job::Stored,
     progress::Progress,
     task::blocking,
-    volume::{NewVolume, Targets, Volume, VolumeBackend},
+    volume::{NewVolume, Volume, VolumeBackend},
 };
-
-/// What the steps work with; shared by all jobs.
-pub struct Services {
-    /// The sources and the cache.
-    pub images: Images,
-    /// How sources are reached.
-    pub sources: SourceSettings,
-    /// The places for volumes.
-    pub targets: Targets,
-    /// libvirt, where this host has it.
-    pub libvirt: Option<Libvirt>,
-    /// Threads that decode and write, for one job.
-    pub workers: usize,
-}
 
 /// What a job found and did, as kept with each step.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -74,6 +61,8 @@ pub struct Context {
     record: Record,
     progress: Progress,
     resolved: Option<Resolved>,
+    /// The size of the disk in the image, where it was known before the fetch.
+    virtual_size: Option<u64>,
     image: Option<(Entry, Arc<Image>)>,
     target: Option<BlockTarget>,
 }
@@ -83,7 +72,17 @@ impl Context {
     pub fn new(services: Arc<Services>, stored: &Stored, progress: Progress) -> Result<Self> {
         let order = Order::from_stored(&stored.request)?;
         let record = serde_json::from_value(stored.record.clone()).unwrap_or_default();
-        Ok(Self { services, id: stored.id, order, record, progress, resolved: None, image: None, target: None })
+        Ok(Self {
+            services,
+            id: stored.id,
+            order,
+            record,
+            progress,
+            resolved: None,
+            virtual_size: None,
+            image: None,
+            target: None,
+        })
     }
 
     /// What is kept of it.
@@ -108,9 +107,10 @@ impl Context {
     /// The gate's first half: the header, before a byte is fetched or reserved.
     pub(super) async fn ensure_image_checked(&mut self) -> Result<()> {
         let header = plan::inspect(self.resolved()?, &self.order, &self.progress).await?;
-        if let (Some(header), Some(volume)) = (header, &self.order.volume) {
+        if let (Some(header), Some(volume)) = (&header, &self.order.volume) {
             plan::fits(header.virtual_size, volume)?;
         }
+        self.virtual_size = header.map(|header| header.virtual_size);
         Ok(())
     }
 
@@ -120,10 +120,11 @@ impl Context {
         let job = self.id;
         let libvirt = self.services.libvirt.clone();
         let made_before = self.record.claim == Some(Claim::Make);
+        let virtual_size = self.virtual_size;
         let claim = blocking(move || match backend.find(&wanted.name)? {
             Some(volume) if made_before && volume.tags.job == Some(job) => Ok(Claim::Make),
             Some(volume) => {
-                plan::compatible(&volume, &wanted)?;
+                plan::compatible(&volume, &wanted, virtual_size)?;
                 refuse_in_use(&volume, libvirt.as_ref())?;
                 Ok(Claim::Overwrite)
             }
@@ -198,7 +199,7 @@ impl Context {
         let (backend, wanted) = self.backend()?;
         let (job, claim, progress) = (self.id, self.claim()?, self.progress.clone());
         let libvirt = self.services.libvirt.clone();
-        let data = self.image()?.data_bytes();
+        let (data, virtual_size) = (self.image()?.data_bytes(), self.image()?.virtual_size());
         let target = blocking(move || match claim {
             Claim::Make => {
                 if backend.find(&wanted.name)?.is_some_and(|volume| volume.tags.job == Some(job)) {
@@ -212,7 +213,7 @@ impl Context {
             }
             Claim::Overwrite => {
                 let volume = find_existing(&*backend, &wanted)?;
-                plan::compatible(&volume, &wanted)?;
+                plan::compatible(&volume, &wanted, Some(virtual_size))?;
                 refuse_in_use(&volume, libvirt.as_ref())?;
                 backend.target(&volume, false)
             }

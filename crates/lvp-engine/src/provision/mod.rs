@@ -14,15 +14,17 @@ mod context;
 mod in_use;
 mod order;
 mod plan;
+mod services;
 mod view;
 
 use lvp_api::JobKind;
 
 pub use self::{
-    context::{Context, Services},
+    context::Context,
     in_use::{refuse_in_use, users},
     order::Order,
     plan::plan,
+    services::Services,
     view::{view_job, view_volume},
 };
 use crate::job::Step;

@@ -153,7 +153,7 @@ fn size(gib: Option<i64>, bytes: Option<ByteSize>) -> Result<u64> {
     match size {
         Some(0) => Err(invalid("the volume's size is 0".to_owned())),
         Some(size) if size <= LARGEST => Ok(size),
-        _ => Err(invalid(format!("the volume's size is more than {} bytes", LARGEST))),
+        _ => Err(invalid(format!("the volume's size is more than {LARGEST} bytes"))),
     }
 }
 

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use lvp_api::{ByteSize, ErrorCode, Plan, VolumeAction};
 
 use super::{
-    context::Services,
     in_use::refuse_in_use,
     order::{Order, VolumeOrder},
+    services::Services,
 };
 use crate::{
     error::{Error, Result},
@@ -79,8 +79,8 @@ pub fn fits(virtual_size: u64, volume: &VolumeOrder) -> Result<()> {
     .detail("volume_bytes", volume.size))
 }
 
-/// Refuses an existing volume that is not what was asked for.
-pub fn compatible(volume: &Volume, wanted: &VolumeOrder) -> Result<()> {
+/// Refuses an existing volume that is not what was asked for, or too small for the image where that is known.
+pub fn compatible(volume: &Volume, wanted: &VolumeOrder, image: Option<u64>) -> Result<()> {
     let incompatible = |why: String| {
         Error::new(ErrorCode::VolumeIncompatible, format!("volume {} exists and {why}", volume.name))
             .hint("ask for the size that it has, choose another name, or remove the volume")
@@ -99,6 +99,15 @@ pub fn compatible(volume: &Volume, wanted: &VolumeOrder) -> Result<()> {
             ByteSize(wanted.size),
             wanted.size
         )));
+    }
+    if let Some(image) = image.filter(|image| *image > volume.size) {
+        let error = incompatible(format!(
+            "has {} ({} bytes), too little for the image's disk of {} ({image} bytes)",
+            ByteSize(volume.size),
+            volume.size,
+            ByteSize(image)
+        ));
+        return Err(error.detail("image_bytes", image));
     }
     Ok(())
 }
@@ -156,13 +165,13 @@ pub async fn plan(services: &Arc<Services>, order: &Order) -> Result<Plan> {
     }
     let backend = services.targets.find(Some(&volume.spec()?.to_string()), true)?.backend;
     let libvirt = services.libvirt.clone();
-    let wanted = volume.clone();
+    let (wanted, image) = (volume.clone(), header.as_ref().map(|header| header.virtual_size));
     let (action, size, free, label) = blocking(move || {
         let free = backend.space()?.free;
         let found = backend.find(&wanted.name)?;
         let (action, size) = match &found {
             Some(existing) => {
-                compatible(existing, &wanted)?;
+                compatible(existing, &wanted, image)?;
                 refuse_in_use(existing, libvirt.as_ref())?;
                 (VolumeAction::Reuse, existing.size)
             }
@@ -211,12 +220,20 @@ mod tests {
     #[test]
     fn five_percent_is_the_same_size_and_six_is_not() {
         for (size, same) in [(100, true), (105, true), (95, true), (106, false), (94, false), (0, false)] {
-            assert_eq!(compatible(&existing(size * GIB, None), &wanted(100 * GIB)).is_ok(), same, "{size}");
+            assert_eq!(compatible(&existing(size * GIB, None), &wanted(100 * GIB), None).is_ok(), same, "{size}");
         }
-        let error = compatible(&existing(50 * GIB, None), &wanted(100 * GIB)).unwrap_err();
+        let error = compatible(&existing(50 * GIB, None), &wanted(100 * GIB), None).unwrap_err();
         assert_eq!(error.code(), ErrorCode::VolumeIncompatible);
         assert!(error.to_string().contains("50 GiB") && error.to_string().contains("100 GiB"), "{error:?}");
-        assert!(compatible(&existing(100 * GIB, Some("it is a thin pool")), &wanted(100 * GIB)).is_err());
+        assert!(compatible(&existing(100 * GIB, Some("it is a thin pool")), &wanted(100 * GIB), None).is_err());
+    }
+
+    #[test]
+    fn an_existing_volume_that_is_a_little_smaller_than_asked_must_still_hold_the_image() {
+        let volume = existing(96 * GIB, None);
+        assert!(compatible(&volume, &wanted(100 * GIB), Some(96 * GIB)).is_ok());
+        let error = compatible(&volume, &wanted(100 * GIB), Some(98 * GIB)).unwrap_err();
+        assert_eq!(error.code(), ErrorCode::VolumeIncompatible);
     }
 
     #[test]

@@ -12,7 +12,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{ErrorKind, Write},
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -172,7 +172,7 @@ impl VolumeBackend for Directory {
         let size = new.size.next_multiple_of(GRANULARITY);
         let make = || {
             let _ = fs::remove_file(&temporary);
-            let file = OpenOptions::new().write(true).create_new(true).open(&temporary)?;
+            let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
             file.set_len(size)?;
             file.metadata()
         };

@@ -19,7 +19,7 @@ use lvp_api::{Digest, JobId, TargetSpec, VolumeName};
 pub use self::{
     directory::Directory,
     lvm::Lvm,
-    targets::{DEFAULT, Target, Targets},
+    targets::{Target, Targets},
 };
 use crate::{
     error::{Error, Result},

@@ -8,7 +8,7 @@ use super::{LockRetry, VolumeBackend, backend};
 use crate::error::{Error, Result};
 
 /// The name of the target that a request means when it names none.
-pub const DEFAULT: &str = "default";
+const DEFAULT: &str = "default";
 
 /// All targets.
 pub struct Targets {

@@ -152,7 +152,8 @@ async fn a_volume_name_that_lvm_refuses_is_refused_for_every_target() {
 async fn a_url_that_cannot_be_fetched_from_is_refused_and_its_password_repeated_nowhere() {
     let bed = Bed::new().await;
     let url = |url: &str| changed(&bed, &json!({ "image_url": url }));
-    let bodies = ["https://user:hush@host/a.qcow2", "s3://user:hush@images/a.qcow2", "https://hush@host/a.qcow2"].map(url);
+    let bodies =
+        ["https://user:hush@host/a.qcow2", "s3://user:hush@images/a.qcow2", "https://hush@host/a.qcow2"].map(url);
     assert_refused(
         &bed,
         vec![
@@ -245,7 +246,8 @@ async fn what_is_no_request_of_the_api_is_refused_like_one() {
 
     let body = bed.order("good.qcow2", "web-1").to_string();
     let post = || bed.tcp().request(Method::POST, "/api/v1/jobs");
-    for content_type in [None, Some("text/plain"), Some("application/x-www-form-urlencoded"), Some("application/jsonp")] {
+    for content_type in [None, Some("text/plain"), Some("application/x-www-form-urlencoded"), Some("application/jsonp")]
+    {
         let request = post().body(body.clone());
         let request = content_type.into_iter().fold(request, |request, kind| request.header(CONTENT_TYPE, kind));
         let answer = Answer::of(request).await;

@@ -123,10 +123,7 @@ fn settings(root: &Path, endpoint: &str) -> EngineSettings {
         cache_max_bytes: None,
         sources: SourceSettings {
             endpoint: Some(parse_endpoint(endpoint).unwrap()),
-            credentials: Some(Credentials {
-                access_key: Secret::new(ACCESS_KEY),
-                secret_key: Secret::new(SECRET_KEY),
-            }),
+            credentials: Some(Credentials { access_key: Secret::new(ACCESS_KEY), secret_key: Secret::new(SECRET_KEY) }),
             retry_attempts: 1,
             retry_backoff: milliseconds(2),
             ..SourceSettings::default()

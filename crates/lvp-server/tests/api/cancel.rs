@@ -38,7 +38,10 @@ async fn a_queued_job_is_cancelled_at_once_and_never_runs() {
     bed.job_when(&first, is_downloading).await;
     let second = bed.submit(&bed.order("good.qcow2", "web-2")).await;
     let job = bed.job(&second).await;
-    assert_eq!((&job["status"], &job["progress"]["stage"], &job["started_at"]), (&json!("pending"), &json!("queued"), &Value::Null));
+    assert_eq!(
+        (&job["status"], &job["progress"]["stage"], &job["started_at"]),
+        (&json!("pending"), &json!("queued"), &Value::Null)
+    );
     assert_eq!(bed.tcp().get("/health").await.json()["pending_jobs"], 1);
 
     let cancelled = bed.tcp().delete(&format!("/api/v1/cancel/{second}")).await.expect(200);

@@ -5,10 +5,8 @@ use serde_json::{Value, json};
 use crate::bed::Bed;
 
 /// The two documents of the seed disagree on the paths; both are served: submit, status, cancel.
-const FORMS: [(&str, &str, &str); 2] = [
-    ("/api/v1/provision", "/api/v1/status", "/api/v1/cancel"),
-    ("/api/v1/jobs", "/api/v1/jobs", "/api/v1/jobs"),
-];
+const FORMS: [(&str, &str, &str); 2] =
+    [("/api/v1/provision", "/api/v1/status", "/api/v1/cancel"), ("/api/v1/jobs", "/api/v1/jobs", "/api/v1/jobs")];
 
 /// The seed's request; only the host of the object store is ours.
 fn request(bed: &Bed, volume: &str, correlation_id: &str) -> Value {
@@ -78,7 +76,8 @@ async fn both_path_forms_show_and_cancel_the_same_job() {
         let submitted = bed.tcp().post(submit, &request(&bed, "vm-root-disk-1", "x")).await.expect(202);
         let id = submitted["job_id"].as_str().unwrap().to_owned();
         bed.ended(&id).await;
-        let shown: Vec<Value> = [bed.job(&id).await, bed.tcp().get(&format!("/api/v1/status/{id}")).await.expect(200)].into();
+        let shown: Vec<Value> =
+            [bed.job(&id).await, bed.tcp().get(&format!("/api/v1/status/{id}")).await.expect(200)].into();
         assert_eq!(shown[0], shown[1]);
         bed.tcp().delete(&format!("{cancel}/{id}")).await.refusal("job_finished");
     }

@@ -31,7 +31,10 @@ async fn events_tell_progress_that_never_goes_back_and_then_the_end() {
     assert_eq!((stream.status, stream.headers["content-type"].to_str().unwrap()), (200, "text/event-stream"));
     let events = events(&stream.text);
     let (last, before) = events.split_last().unwrap();
-    assert_eq!((last.0.as_str(), &last.1["status"], &last.1["progress"]["percent"]), ("completed", &json!("completed"), &json!(100)));
+    assert_eq!(
+        (last.0.as_str(), &last.1["status"], &last.1["progress"]["percent"]),
+        ("completed", &json!("completed"), &json!(100))
+    );
     assert!(before.len() >= 3, "{events:#?}");
     assert!(before.iter().all(|(name, _)| name == "progress"));
     let percents: Vec<u64> = events.iter().map(|(_, job)| job["progress"]["percent"].as_u64().unwrap()).collect();
@@ -39,10 +42,17 @@ async fn events_tell_progress_that_never_goes_back_and_then_the_end() {
     assert!(percents.iter().any(|percent| (1..50).contains(percent)), "{percents:?}");
     let downloading: Vec<&Value> =
         before.iter().map(|(_, job)| &job["progress"]).filter(|progress| progress["stage"] == "downloading").collect();
-    assert!(downloading.iter().any(|progress| progress["bytes_per_second"].as_u64().is_some_and(|rate| rate > 0)), "{downloading:?}");
+    assert!(
+        downloading.iter().any(|progress| progress["bytes_per_second"].as_u64().is_some_and(|rate| rate > 0)),
+        "{downloading:?}"
+    );
     for (_, job) in &events {
         let progress = &job["progress"];
-        assert!(progress["bytes_processed"].as_u64() <= progress["bytes_total"].as_u64().filter(|total| *total > 0).or(Some(u64::MAX)), "{progress}");
+        assert!(
+            progress["bytes_processed"].as_u64()
+                <= progress["bytes_total"].as_u64().filter(|total| *total > 0).or(Some(u64::MAX)),
+            "{progress}"
+        );
     }
     // Of a job that has ended, the end alone.
     let again = bed.tcp().get(&format!("/api/v1/jobs/{id}/events")).await;
@@ -76,7 +86,10 @@ async fn a_dry_run_answers_the_plan_and_changes_nothing() {
     bed.provision(&order).await;
     let before = bed.listing();
     let plan = bed.tcp().post("/api/v1/jobs", &as_field).await.expect(200);
-    assert_eq!((&plan["volume_action"], &plan["cache_hit"], &plan["bytes_to_fetch"]), (&json!("reuse"), &json!(true), &json!(0)));
+    assert_eq!(
+        (&plan["volume_action"], &plan["cache_hit"], &plan["bytes_to_fetch"]),
+        (&json!("reuse"), &json!(true), &json!(0))
+    );
     assert_eq!((bed.listing(), bed.all_jobs().await.len()), (before, 1));
 }
 

@@ -36,9 +36,8 @@ async fn an_idempotency_key_names_one_job_and_one_request() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_request_id_comes_back_and_stands_in_errors() {
     let bed = Bed::new().await;
-    let ask = |path: &str, id: &str| {
-        Answer::of(bed.tcp().request(Method::GET, path).header("X-Request-ID", id.to_owned()))
-    };
+    let ask =
+        |path: &str, id: &str| Answer::of(bed.tcp().request(Method::GET, path).header("X-Request-ID", id.to_owned()));
     for path in ["/healthz", "/api/v1/jobs", "/nowhere", "/api/v1/jobs/nonsense"] {
         let answer = ask(path, "my-request-7").await;
         assert_eq!(answer.headers["x-request-id"], "my-request-7", "{path}");
@@ -51,7 +50,8 @@ async fn a_request_id_comes_back_and_stands_in_errors() {
         let id = ask("/healthz", bad).await.headers["x-request-id"].to_str().unwrap().to_owned();
         assert!(id.parse::<lvp_api::JobId>().is_ok(), "{id}");
     }
-    let ids = [bed.tcp().get("/livez").await, bed.tcp().get("/livez").await].map(|answer| answer.headers["x-request-id"].clone());
+    let ids = [bed.tcp().get("/livez").await, bed.tcp().get("/livez").await]
+        .map(|answer| answer.headers["x-request-id"].clone());
     assert_ne!(ids[0], ids[1]);
 }
 
@@ -64,7 +64,8 @@ async fn health_gives_reasons_and_readiness_fails_when_a_part_is_not_usable() {
     let health = bed.tcp().get("/health").await.expect(200);
     assert_ne!(health["status"], "unhealthy");
     assert_eq!((&health["active_jobs"], &health["pending_jobs"]), (&json!(0), &json!(0)));
-    let names: Vec<&str> = health["checks"].as_array().unwrap().iter().map(|check| check["name"].as_str().unwrap()).collect();
+    let names: Vec<&str> =
+        health["checks"].as_array().unwrap().iter().map(|check| check["name"].as_str().unwrap()).collect();
     assert_eq!(names, ["database", "cache", "target:default", "target:other"]);
     assert_eq!(bed.tcp().get("/readyz").await.status, 200);
 
@@ -76,7 +77,10 @@ async fn health_gives_reasons_and_readiness_fails_when_a_part_is_not_usable() {
         let checks = health["checks"].as_array().unwrap();
         let target = checks.iter().find(|check| check["name"] == "target:default").unwrap();
         assert_eq!(target["status"], "unhealthy");
-        assert!(target["message"].as_str().unwrap().contains("not a directory") && target["hint"].is_string(), "{target:#}");
+        assert!(
+            target["message"].as_str().unwrap().contains("not a directory") && target["hint"].is_string(),
+            "{target:#}"
+        );
     }
     for path in ["/healthz", "/livez"] {
         assert_eq!(bed.tcp().get(path).await.status, 200, "{path}: the process answers all the same");
@@ -120,7 +124,11 @@ async fn the_openapi_document_is_served_and_every_get_in_it_answers() {
             let method = Method::from_bytes(method.to_uppercase().as_bytes()).unwrap();
             let concrete = path.replace("{id}", "0190b5a0-0000-7000-8000-000000000000").replace(['{', '}'], "");
             let answer = Answer::of(bed.tcp().request(method.clone(), &concrete)).await;
-            assert!(answer.status != 405 && answer.status < 500 || path == "/health" || path == "/readyz", "{method} {path}: {}", answer.text);
+            assert!(
+                answer.status != 405 && answer.status < 500 || path == "/health" || path == "/readyz",
+                "{method} {path}: {}",
+                answer.text
+            );
             assert!(!answer.text.contains("route_not_found"), "{method} {path}");
         }
     }

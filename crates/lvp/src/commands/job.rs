@@ -81,6 +81,10 @@ fn end(job: &Job, output: Output) -> Outcome {
         output::print(job, output, show)?;
         return Ok(ExitCode::from(code.exit_code()));
     }
+    if !job.status.is_terminal() {
+        eprintln!("job {} goes on; `lvp job watch {}` follows it", job.job_id, job.job_id);
+        return Ok(ExitCode::from(ErrorCode::Cancelled.exit_code()));
+    }
     output::print(job, output, summary)?;
     match job.status {
         JobStatus::Cancelled => {

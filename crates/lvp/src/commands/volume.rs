@@ -22,7 +22,7 @@ pub async fn run(connection: &Connection, command: cli::Volume, output: Output) 
             output::print(&client.volume(name.as_str(), target.as_deref()).await?, output, show)?;
         }
         cli::Volume::Delete { name, target, force } => {
-            client.delete_volume(name.as_str(), target.as_deref(), force).await?
+            client.delete_volume(name.as_str(), target.as_deref(), force).await?;
         }
     }
     Ok(ExitCode::SUCCESS)

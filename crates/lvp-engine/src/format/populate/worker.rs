@@ -12,9 +12,9 @@ use crate::{
     host::block::{AlignedBuffer, BLOCK},
 };
 
-/// Zeros found in data are left out of a write, or zeroed by the target, from this length on; shorter runs cost less
-/// written than another write would.
-const ZERO_RUN: usize = 64 << 10;
+/// Zeros found in data are made by the target from this length on, if it does not read zero: shorter runs cost less
+/// written with the data than by a call of their own.
+const ZEROED_RUN: usize = 64 << 10;
 
 /// A worker's own memory.
 pub struct Worker<'a, 'b> {
@@ -80,11 +80,13 @@ impl<'a, 'b> Worker<'a, 'b> {
         Ok(())
     }
 
-    /// Writes the first `length` bytes of the buffer at `offset`, but for long runs of zeros.
+    /// Writes the first `length` bytes of the buffer at `offset`: no zero block where the target reads zero, no long run
+    /// of them elsewhere.
     fn write(&mut self, offset: u64, length: usize) -> Result<()> {
+        let least = if self.copy.reads_zero { BLOCK } else { ZEROED_RUN };
         let mut at = 0;
         while at < length {
-            let (is_zero, end) = run(&self.buffer[..length], at);
+            let (is_zero, end) = run(&self.buffer[..length], at, least);
             if is_zero {
                 self.zero(offset + at as u64..offset + end as u64, false)?;
             } else {
@@ -97,27 +99,23 @@ impl<'a, 'b> Worker<'a, 'b> {
     }
 }
 
-/// The run that begins at `at`, a block's start: whether it is a long run of zero blocks, and where it ends.
-fn run(bytes: &[u8], at: usize) -> (bool, usize) {
-    let zeros = zeros_from(bytes, at);
-    if is_long(bytes, at, zeros) {
+/// The run that begins at `at`, a block's start: whether it is of zero blocks, at least `least` bytes or all there are,
+/// and where it ends.
+fn run(bytes: &[u8], at: usize, least: usize) -> (bool, usize) {
+    let is_long = |start: usize, end: usize| {
+        start < end && (end - start >= least || end == bytes.len() && (start == 0 || least <= BLOCK))
+    };
+    let mut zeros = zeros_from(bytes, at);
+    if is_long(at, zeros) {
         return (true, zeros);
     }
-    let mut end = zeros;
-    while end < bytes.len() {
-        end = (end + BLOCK).min(bytes.len());
-        let zeros = zeros_from(bytes, end);
-        if is_long(bytes, end, zeros) {
-            break;
+    loop {
+        let end = (zeros + BLOCK).min(bytes.len());
+        zeros = zeros_from(bytes, end);
+        if end == bytes.len() || is_long(end, zeros) {
+            return (false, end);
         }
-        end = zeros;
     }
-    (false, end)
-}
-
-/// A run of zeros is long enough for itself, or is all there is.
-fn is_long(bytes: &[u8], start: usize, end: usize) -> bool {
-    end - start >= ZERO_RUN || (start < end && start == 0 && end == bytes.len())
 }
 
 /// Where the zero blocks that begin at `at` end.
@@ -130,4 +128,43 @@ fn zeros_from(bytes: &[u8], at: usize) -> usize {
 fn is_zero(bytes: &[u8]) -> bool {
     let (steps, rest) = bytes.as_chunks::<64>();
     steps.iter().all(|step| step.iter().fold(0, |all, byte| all | byte) == 0) && rest.iter().all(|byte| *byte == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The runs of so many blocks of these bytes, without the last `tail` bytes.
+    fn runs(blocks: &[u8], tail: usize, least: usize) -> Vec<(bool, usize)> {
+        let mut bytes: Vec<u8> = blocks.iter().flat_map(|value| [*value; BLOCK]).collect();
+        bytes.truncate(bytes.len() - tail);
+        let mut found = Vec::new();
+        let mut at = 0;
+        while at < bytes.len() {
+            let (is_zero, end) = run(&bytes, at, least);
+            assert!(end > at);
+            found.push((is_zero, end - at));
+            at = end;
+        }
+        found
+    }
+
+    #[test]
+    fn every_zero_block_is_left_out_where_the_target_reads_zero() {
+        assert_eq!(
+            runs(&[0, 1, 1, 0, 1, 0, 0], 100, BLOCK),
+            [(true, BLOCK), (false, 2 * BLOCK), (true, BLOCK), (false, BLOCK), (true, 2 * BLOCK - 100)]
+        );
+        assert_eq!(runs(&[1, 0], 96, BLOCK), [(false, BLOCK), (true, BLOCK - 96)]);
+    }
+
+    #[test]
+    fn only_long_runs_are_zeroed_by_the_target() {
+        assert_eq!(runs(&[0, 1, 0, 1, 0], 0, 2 * BLOCK), [(false, 5 * BLOCK)]);
+        assert_eq!(
+            runs(&[1, 0, 0, 1, 0, 0], 0, 2 * BLOCK),
+            [(false, BLOCK), (true, 2 * BLOCK), (false, BLOCK), (true, 2 * BLOCK)]
+        );
+        assert_eq!(runs(&[0], 512, 2 * BLOCK), [(true, BLOCK - 512)]);
+    }
 }

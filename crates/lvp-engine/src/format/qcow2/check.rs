@@ -13,9 +13,9 @@ use super::{
 };
 use crate::error::Result;
 
-/// The most clusters that a file may have: 32 MiB of memory for the set of them. It is what QEMU's largest L1 table
-/// can map with the smallest clusters, and 16 TiB with the usual ones.
-const CLUSTERS_LIMIT: u64 = 1 << 28;
+/// The most clusters that a file may have: 16 MiB of memory for the set of them. That is a file of 8 TiB with the usual
+/// clusters of 64 KiB, and of 64 GiB with the smallest.
+const CLUSTERS_LIMIT: u64 = 1 << 27;
 
 /// The cheap part, for before an image is fetched: the offsets in the L1 table.
 pub fn check_first_level(bytes: &dyn Bytes, header: &Header) -> Result<()> {

@@ -87,6 +87,13 @@ impl Header {
         check_other_files(bytes, &fields)?;
         let features = if version == 2 { 0 } else { fields.u64(72) };
         check_features(bytes, features)?;
+        // A subcluster is a 32nd of a cluster, and not less than a sector.
+        if features & EXTENDED_L2 != 0 && cluster_bits < 14 {
+            return Err(invalid(
+                bytes,
+                format!("its clusters of 2^{cluster_bits} bytes are too small for extended L2 entries"),
+            ));
+        }
         let header = Self {
             version,
             cluster_bits,

@@ -23,3 +23,6 @@ pub struct BlockTarget {
     /// Whether every byte that was never written reads as zero, so that no zero need be written.
     pub reads_zero: bool,
 }
+
+#[cfg(test)]
+mod tests;

@@ -91,11 +91,6 @@ impl OpenTarget {
         Ok(Self { path: path.clone(), size, device, direct, plain, ways_lost: AtomicU8::new(0) })
     }
 
-    /// The size in bytes.
-    pub fn size(&self) -> u64 {
-        self.size
-    }
-
     /// Writes `bytes`, which lie in an [`AlignedBuffer`](super::AlignedBuffer) at a multiple of [`BLOCK`], at `offset`,
     /// a multiple of [`BLOCK`]. Their number is a multiple too, but at the target's end.
     ///
@@ -207,4 +202,48 @@ fn not_opened(target: &BlockTarget, error: io::Error) -> Error {
     Error::new(ErrorCode::VolumeInUse, format!("{} is in use{by}", path.display()))
         .hint("unmount it, detach it from its domain, or stop the program that uses it, then try again")
         .detail("users", users)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use e2e::images::LoopDevice;
+
+    use super::*;
+
+    const SIZE: u64 = (4 << 20) + 512;
+
+    /// Zeroes the second half of what is there in the way of this place, the others being lost, and says what is left.
+    fn zeroed(path: &std::path::Path, way: u8, direct: bool) -> Vec<u8> {
+        let target = BlockTarget { path: path.to_owned(), size: SIZE, reads_zero: false };
+        let mut open = OpenTarget::open(&target).unwrap();
+        assert!(open.direct.is_some(), "{} takes no direct I/O", path.display());
+        if !direct {
+            open.direct = None;
+        }
+        open.ways_lost = AtomicU8::new(way);
+        open.zero(2 << 20, SIZE - (2 << 20), &mut || Ok(())).unwrap();
+        open.sync().unwrap();
+        assert_eq!(open.ways_lost.into_inner(), way, "the way works here");
+        drop(open.plain);
+        fs::read(path).unwrap()
+    }
+
+    #[test]
+    fn every_way_to_zero_zeroes_that_and_no_more() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("file");
+        for way in 0..3 {
+            for (device, direct) in [(false, true), (false, false), (true, true), (true, false)] {
+                fs::write(&file, vec![0xaa; SIZE as usize]).unwrap();
+                let attached = device.then(|| LoopDevice::attach(&file, 512).unwrap());
+                let path = attached.as_ref().map_or(&file, |attached| &attached.path);
+                let content = zeroed(path, way, direct);
+                assert_eq!(content.len() as u64, SIZE);
+                assert!(content[..2 << 20].iter().all(|byte| *byte == 0xaa), "way {way}, device {device}");
+                assert!(content[2 << 20..].iter().all(|byte| *byte == 0), "way {way}, device {device}");
+            }
+        }
+    }
 }

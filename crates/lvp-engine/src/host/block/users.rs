@@ -11,6 +11,8 @@ use std::{
         fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
 use rustix::{
@@ -19,6 +21,10 @@ use rustix::{
 };
 
 use crate::error::{Error, Result};
+
+/// A process that has the target open is looked for so many times more, so far apart.
+const LOOKS: u32 = 5;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
 
 /// What is looked for: a device by its number, a file by its place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -155,16 +161,34 @@ fn swap(subject: Subject, users: &mut BTreeSet<String>) {
     }
 }
 
-/// Processes, other than this one, with a descriptor of the file or device.
+/// Processes, other than this one, that have the file or device open and keep it open. Who only looks at a new device for
+/// a moment, as udev does, is gone when looked for again.
 fn processes(subject: Subject, users: &mut BTreeSet<String>) {
-    let own = std::process::id();
-    for process in names_in(Path::new("/proc")).filter_map(|name| name.parse::<u32>().ok()).filter(|id| *id != own) {
-        let directory = PathBuf::from(format!("/proc/{process}/fd"));
-        if names_in(&directory).any(|descriptor| subject.is_at(&directory.join(descriptor))) {
-            let name = fs::read_to_string(format!("/proc/{process}/comm")).unwrap_or_default();
-            users.insert(format!("process {process} ({}) has it open", name.trim()));
+    let mut found = openers(subject);
+    for _ in 0..LOOKS {
+        if found.is_empty() {
+            return;
         }
+        thread::sleep(BETWEEN_LOOKS);
+        let now = openers(subject);
+        found.retain(|user| now.contains(user));
     }
+    users.extend(found);
+}
+
+fn openers(subject: Subject) -> BTreeSet<String> {
+    let own = std::process::id();
+    let processes = names_in(Path::new("/proc")).filter_map(|name| name.parse::<u32>().ok()).filter(|id| *id != own);
+    processes
+        .filter(|process| {
+            let directory = PathBuf::from(format!("/proc/{process}/fd"));
+            names_in(&directory).any(|descriptor| subject.is_at(&directory.join(descriptor)))
+        })
+        .map(|process| {
+            let name = fs::read_to_string(format!("/proc/{process}/comm")).unwrap_or_default();
+            format!("process {process} ({}) has it open", name.trim())
+        })
+        .collect()
 }
 
 /// Whether someone holds the device exclusively: a mount that we cannot see, or a program.

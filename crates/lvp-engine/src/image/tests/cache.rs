@@ -79,7 +79,7 @@ async fn a_known_digest_is_a_hit_without_the_source() {
     drop(server);
     for digest in [sha256(&bytes), sha512(&bytes)] {
         let resolved = bed.images.resolve(&bed.promised(&url, digest.clone()), &Progress::default()).await.unwrap();
-        assert!(resolved.cached().is_some() && resolved.info().is_none());
+        assert!(resolved.cached().is_some() && resolved.info.is_none());
         assert!(bed.bring_promised("https://elsewhere.invalid/x", digest).await.is_ok());
     }
 }
@@ -167,6 +167,19 @@ async fn the_same_bytes_from_another_place_become_one_image() {
         assert!(bed.resolve(&server.url(path)).await.unwrap().cached().is_some());
     }
     assert_eq!(bed.files().len(), 2);
+}
+
+#[tokio::test]
+async fn a_digest_learnt_from_a_second_download_is_remembered() {
+    let server = Server::start();
+    let (bed, bytes) = (Bed::new().await, content(4000, 1));
+    server.serve("/a.qcow2", Page::new(bytes.clone()));
+    bed.bring(&server.url("/a.qcow2")).await.unwrap();
+    for _ in 0..2 {
+        bed.bring_promised(&server.url("/a.qcow2"), sha512(&bytes)).await.unwrap();
+    }
+    assert_eq!(server.count("GET", "/a.qcow2"), 2);
+    assert!(bed.images.list().await.unwrap()[0].verified);
 }
 
 #[tokio::test]
@@ -265,11 +278,11 @@ async fn a_dropped_download_leaves_nothing() {
     let bed = Bed::new().await;
     let new = bed.download(&server.url("/x.qcow2")).await.unwrap();
     assert_eq!(std::fs::read(new.path()).unwrap(), content(4000, 1));
-    assert_eq!((new.size(), new.digest()), (4000, &sha256(&content(4000, 1))));
+    assert_eq!((new.size, &new.digests.sha256), (4000, &sha256(&content(4000, 1))));
     assert!(bed.images.list().await.unwrap().is_empty(), "nothing is published before it is read");
     drop(new);
     bed.assert_empty();
-    assert_eq!(bed.images.usage().await.unwrap().reserved_bytes, 0);
+    assert_eq!(bed.usage().reserved_bytes, 0);
 }
 
 #[tokio::test]

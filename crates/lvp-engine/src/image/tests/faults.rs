@@ -110,6 +110,7 @@ async fn a_stalled_transfer_is_cut_and_goes_on() {
     let bed = Bed::new().await;
     bed.bring_promised(&server.url("/x.qcow2"), sha256(&bytes)).await.unwrap();
     assert_eq!(server.count("GET", "/x.qcow2"), 2);
+    let bed = Bed::new().await;
     server.serve("/y.qcow2", Page::new(content(300_000, 2)).stall(&[0; 99]));
     let error = assert_code(bed.bring(&server.url("/y.qcow2")).await, ErrorCode::SourceFailed);
     assert!(error.to_string().contains("sent nothing more"), "{error:?}");

@@ -62,11 +62,17 @@ async fn a_refused_image_is_refused_for_those_who_wait() {
     let bed = Bed::new().await;
     let new = bed.download(&server.url("/x.qcow2")).await.unwrap();
     let (images, wanted) = (bed.images.clone(), bed.wanted(&server.url("/x.qcow2")));
+    let as_raw = Wanted { format: ImageFormat::Raw, ..wanted.clone() };
     let waiter = tokio::spawn(async move { bring(&images, &wanted, &Progress::default()).await });
     tokio::time::sleep(Duration::from_millis(300)).await;
+    // A request that declares another format is not concerned.
+    let raw = bring(&bed.images, &as_raw, &Progress::default()).await.unwrap();
+    assert!(raw.name().ends_with(".raw"));
+    drop(raw);
+    bed.images.delete(sha256(&content(4000, 1)).hex()).await.unwrap();
     new.refuse(&Error::new(ErrorCode::ImageRefused, "it has a backing file"));
     assert_code(waiter.await.unwrap(), ErrorCode::ImageRefused);
-    assert_eq!(server.count("GET", "/x.qcow2"), 1);
+    assert_eq!(server.count("GET", "/x.qcow2"), 2);
     bed.assert_empty();
 }
 
@@ -115,6 +121,6 @@ async fn a_cancelled_download_stops_within_a_second_and_leaves_nothing() {
         assert_code(running.await.unwrap(), ErrorCode::Cancelled);
         assert!(begun.elapsed() < Duration::from_secs(1), "{path}");
         bed.assert_empty();
-        assert_eq!(bed.images.usage().await.unwrap().reserved_bytes, 0);
+        assert_eq!(bed.usage().reserved_bytes, 0);
     }
 }

@@ -17,8 +17,8 @@ use lvp_api::{Digest, DigestAlgorithm, ErrorCode, ImageFormat};
 use tempfile::TempDir;
 
 use super::{
-    Credentials, Entry, Fetch, ImageSettings, ImageUrl, Images, Resolved, Secret, SourceSettings, Unpublished, Wanted,
-    hasher::sha256_hex, parse_endpoint,
+    Credentials, Entry, Fetch, ImageSettings, ImageUrl, Images, Resolved, Secret, SourceSettings, Wanted,
+    hasher::sha256_hex, images::Unpublished, index::Usage, parse_endpoint,
 };
 use crate::{
     error::{Error, Result},
@@ -73,7 +73,7 @@ impl Bed {
     }
 
     /// Resolves and fetches, and expects a download.
-    async fn download(&self, url: &str) -> Result<Unpublished> {
+    async fn download(&self, url: &str) -> Result<Box<Unpublished>> {
         match self.images.fetch(&self.resolve(url).await?, &Progress::default()).await? {
             Fetch::New(new) => Ok(new),
             Fetch::Cached(entry) => panic!("{entry:?} was cached"),
@@ -100,6 +100,10 @@ impl Bed {
         names.retain(|name| name != ".lvp" && name != ".lvp/lock");
         names.sort();
         names
+    }
+
+    fn usage(&self) -> Usage {
+        self.images.shared.index.usage().unwrap()
     }
 
     fn assert_empty(&self) {

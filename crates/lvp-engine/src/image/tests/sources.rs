@@ -81,6 +81,38 @@ async fn a_presigned_url_is_read_although_it_signs_get_only() {
 }
 
 #[tokio::test]
+async fn a_private_authority_is_trusted_when_its_file_is_named() {
+    let server = Server::start_tls();
+    let bytes = content(50_000, 1);
+    server.serve("/images/x.qcow2", Page::new(bytes.clone()));
+    let bed = Bed::with(signed(&server.url("")), None).await;
+    let error = assert_code(bed.bring("s3://images/x.qcow2").await, ErrorCode::SourceUnreachable);
+    assert!(error.chain().contains("certificate") && error.to_string().contains("no TLS connection"), "{error:?}");
+    assert!(error.to_body().hint.unwrap().contains("LVP_CA_CERT_FILE"));
+    let directory = tempfile::tempdir().unwrap();
+    let ca_file = directory.path().join("ca.pem");
+    std::fs::write(&ca_file, server.authority().unwrap()).unwrap();
+    let settings = SourceSettings { ca_file: Some(ca_file), ..signed(&server.url("")) };
+    let bed = Bed::with(settings, None).await;
+    assert_eq!(bed.bring("s3://images/x.qcow2").await.unwrap().digest(), sha256(&bytes));
+}
+
+#[tokio::test]
+async fn a_redirect_from_https_to_http_is_not_followed() {
+    let (secure, plain) = (Server::start_tls(), Server::start());
+    plain.serve("/x.qcow2", Page::new(content(4000, 1)));
+    secure.serve("/x.qcow2", Page::new("").redirect(&plain.url("/x.qcow2")));
+    let directory = tempfile::tempdir().unwrap();
+    let ca_file = directory.path().join("ca.pem");
+    std::fs::write(&ca_file, secure.authority().unwrap()).unwrap();
+    let bed = Bed::with(SourceSettings { ca_file: Some(ca_file), ..quick() }, None).await;
+    let wanted = bed.promised(&secure.url("/x.qcow2"), sha256(b"y"));
+    let error = assert_code(bring(&bed.images, &wanted, &Progress::default()).await, ErrorCode::SourceFailed);
+    assert!(error.chain().contains("from https to http"), "{error:?}");
+    assert!(plain.received().is_empty());
+}
+
+#[tokio::test]
 async fn a_file_of_this_machine_is_a_source_too() {
     let bed = Bed::new().await;
     let directory = tempfile::tempdir().unwrap();
@@ -144,7 +176,7 @@ async fn servers_are_looked_at_in_the_way_that_they_allow() {
         let path = format!("/{name}.qcow2");
         server.serve(&path, page);
         let resolved = bed.resolve(&server.url(&path)).await.unwrap_or_else(|error| panic!("{name}: {error:?}"));
-        let info = resolved.info().unwrap();
+        let info = resolved.info.as_ref().unwrap();
         assert_eq!((info.size, info.accepts_ranges), (size, ranges), "{name}");
         assert!(server.received().iter().all(|request| request.header("accept-encoding") == Some("identity")));
     }

@@ -62,8 +62,10 @@ async fn what_never_fits_is_refused_before_a_byte_is_fetched() {
     assert_eq!(server.count("GET", "/big.qcow2"), 0);
     // More than any file system has.
     let bed = Bed::new().await;
-    server.serve("/huge.qcow2", Page::new("x").announce(1 << 60));
-    assert_code(bed.bring(&server.url("/huge.qcow2")).await, ErrorCode::CacheFull);
+    for announced in [1 << 60, u64::MAX] {
+        server.serve("/huge.qcow2", Page::new("x").announce(announced));
+        assert_code(bed.bring(&server.url("/huge.qcow2")).await, ErrorCode::CacheFull);
+    }
     bed.assert_empty();
 }
 
@@ -75,10 +77,10 @@ async fn two_downloads_never_count_on_the_same_space() {
         server.serve(&format!("/{seed}.qcow2"), Page::new(content(100 * KIB, seed)));
     }
     let first = bed.download(&server.url("/1.qcow2")).await.unwrap();
-    assert_eq!(bed.images.usage().await.unwrap().reserved_bytes, 100 * KIB as u64);
+    assert_eq!(bed.usage().reserved_bytes, 100 * KIB as u64);
     assert_code(bed.bring(&server.url("/2.qcow2")).await, ErrorCode::CacheFull);
     let entry = first.publish(1).await.unwrap();
-    let usage = bed.images.usage().await.unwrap();
+    let usage = bed.usage();
     assert_eq!((usage.images, usage.used_bytes, usage.reserved_bytes), (1, 100 * KIB as u64, 0));
     assert_code(bed.bring(&server.url("/2.qcow2")).await, ErrorCode::CacheFull);
     drop(entry);

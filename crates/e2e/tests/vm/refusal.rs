@@ -1,0 +1,136 @@
+//! What is refused, each with its code and its reason, and that nothing is left behind and nothing was touched.
+
+use anyhow::{Result, ensure};
+use e2e::bed::{BINARY, World, set};
+
+use crate::{JOB, Scenario};
+
+/// The scenarios.
+pub const SCENARIOS: &[Scenario] = &[
+    ("a_mounted_volume_is_in_use", a_mounted_volume_is_in_use),
+    ("a_volume_that_a_program_has_open_is_in_use", a_volume_that_a_program_has_open_is_in_use),
+    ("a_volume_under_another_device_is_in_use", a_volume_under_another_device_is_in_use),
+    ("the_disk_of_an_active_domain_is_in_use_and_of_one_shut_off_is_not", the_disk_of_an_active_domain_is_in_use),
+    ("a_volume_larger_than_the_group_is_refused", a_volume_larger_than_the_group_is_refused),
+    ("an_image_larger_than_its_thin_pool_is_refused", an_image_larger_than_its_thin_pool_is_refused),
+    ("a_group_that_is_not_there_is_named", a_group_that_is_not_there_is_named),
+    ("a_pool_is_no_volume", a_pool_is_no_volume),
+    ("another_address_than_loopback_is_refused", another_address_than_loopback_is_refused),
+];
+
+/// Asks for the volume `web`, which is in use; the error names `user`, and no byte has changed.
+fn expect_in_use(world: &World, state: &str, user: &str) -> Result<()> {
+    let before = world.content("web")?;
+    let daemon = world.serve(state)?;
+    let job = daemon.failed(&world.publish(&world.small)?.onto("web", "64M"), "volume_in_use")?;
+    ensure!(job["error"].as_str().is_some_and(|words| words.contains(user)), "{job:#}");
+    ensure!(job["retryable"] == true && job["hint"].is_string(), "{job:#}");
+    let show = daemon.get("/api/v1/volumes/web")?.json()?;
+    ensure!(show["in_use"].as_str().is_some_and(|words| words.contains(user)), "{show:#}");
+    ensure!(world.content("web")? == before, "the volume was touched");
+    Ok(())
+}
+
+fn a_mounted_volume_is_in_use(world: &World) -> Result<()> {
+    world.vm.run_ok("lvcreate --yes --name web --size 64M vg0; mkfs.ext4 -q /dev/vg0/web; mount /dev/vg0/web /mnt")?;
+    expect_in_use(world, "mounted", "/mnt")?;
+    world.vm.run_ok("umount /mnt; udevadm settle")?;
+    let daemon = world.serve("unmounted")?;
+    daemon.completed(&world.publish(&world.small)?.onto("web", "64M"))?;
+    world.expect_image("/dev/vg0/web", &world.small)
+}
+
+fn a_volume_that_a_program_has_open_is_in_use(world: &World) -> Result<()> {
+    world.make_volume("web", "--size 64M")?;
+    let _reader = world.vm.spawn("reader", &[], &["sh", "-c", "exec sleep 600 <>/dev/vg0/web"])?;
+    expect_in_use(world, "open", "sleep")
+}
+
+fn a_volume_under_another_device_is_in_use(world: &World) -> Result<()> {
+    world.make_volume("web", "--size 64M")?;
+    world.vm.run_ok("dmsetup create above --table '0 131072 linear /dev/vg0/web 0'")?;
+    let outcome = expect_in_use(world, "under", "above");
+    world.vm.run_ok("dmsetup remove --retry above")?;
+    outcome
+}
+
+fn the_disk_of_an_active_domain_is_in_use(world: &World) -> Result<()> {
+    world.make_volume("web", "--size 64M")?;
+    world.paused_domain("holder", "/dev/vg0/web")?;
+    expect_in_use(world, "attached", "holder")?;
+    world.vm.run_ok("virsh destroy holder; udevadm settle")?;
+    let daemon = world.serve("detached")?;
+    daemon.completed(&world.publish(&world.small)?.onto("web", "64M"))?;
+    world.expect_image("/dev/vg0/web", &world.small)
+}
+
+fn a_volume_larger_than_the_group_is_refused(world: &World) -> Result<()> {
+    let daemon = world.serve("huge")?;
+    let free: u64 = world.vm.run_ok("vgs --noheadings --nosuffix --units b -o vg_free vg0")?.parse()?;
+    let job = daemon.failed(&world.publish(&world.small)?.onto("web", "20G"), "insufficient_space")?;
+    ensure!(job["details"]["needed_bytes"] == 20_u64 << 30 && job["details"]["free_bytes"] == free, "{job:#}");
+    ensure!(world.volumes()?.is_empty() && world.cached("huge")?.is_empty(), "something is left");
+    // All of it, to the last extent, is not too much.
+    world
+        .make_volume("most", "--extents 100%FREE")
+        .and_then(|()| world.vm.run_ok("lvreduce --force --yes --size -64M vg0/most"))?;
+    daemon.completed(&world.publish(&world.small)?.onto("web", "64M"))?;
+    let job = daemon.failed(&world.publish(&world.small)?.onto("web-2", "64M"), "insufficient_space")?;
+    ensure!(job["details"]["free_bytes"] == 0, "{job:#}");
+    ensure!(world.volumes()? == ["most", "web"], "something is left");
+    Ok(())
+}
+
+fn an_image_larger_than_its_thin_pool_is_refused(world: &World) -> Result<()> {
+    world.vm.run_ok("lvcreate --yes --type thin-pool --name tiny --size 64M vg0")?;
+    let mut environment = world.environment("tiny");
+    set(&mut environment, "LVM_THIN_POOL", Some("tiny"));
+    let daemon = world.serve_in("tiny", environment)?;
+    let job = daemon.failed(&world.publish(&world.large)?.onto("web", "1G"), "insufficient_space")?;
+    ensure!(job["retryable"] == true && job["details"]["free_bytes"] == 64 << 20, "{job:#}");
+    ensure!(world.volumes()?.is_empty(), "something is left");
+    // What fits is written.
+    daemon.completed(&world.publish(&world.small)?.onto("web", "1G"))?;
+    world.expect_image("/dev/vg0/web", &world.small)
+}
+
+fn a_group_that_is_not_there_is_named(world: &World) -> Result<()> {
+    let mut environment = world.environment("nowhere");
+    set(&mut environment, "LVM_VOLUME_GROUP", Some("nowhere"));
+    let daemon = world.serve_in("nowhere", environment)?;
+    let job = daemon.failed(&world.publish(&world.small)?.onto("web", "64M"), "target_unavailable")?;
+    ensure!(job["error"].as_str().is_some_and(|words| words.contains("nowhere")), "{job:#}");
+    for path in ["/readyz", "/health"] {
+        let answer = daemon.get(path)?;
+        ensure!(answer.status == 503, "{path}: {answer:?}");
+        let health = answer.json()?;
+        let check = health["checks"].as_array().and_then(|all| all.iter().find(|one| one["name"] == "target:default"));
+        let check = check.unwrap_or(&health);
+        ensure!(check["status"] == "unhealthy" && check["hint"].is_string(), "{health:#}");
+        ensure!(check["message"].as_str().is_some_and(|words| words.contains("nowhere")), "{health:#}");
+    }
+    ensure!(daemon.get("/livez")?.status == 200 && world.cached("nowhere")?.is_empty());
+    Ok(())
+}
+
+fn a_pool_is_no_volume(world: &World) -> Result<()> {
+    let daemon = world.serve("pool")?;
+    let size = world.fact("pool0", "lv_size")?;
+    let job = daemon.failed(&world.publish(&world.small)?.onto("pool0", &size), "volume_incompatible")?;
+    ensure!(job["error"].as_str().is_some_and(|words| words.contains("thin pool")), "{job:#}");
+    ensure!(daemon.delete("/api/v1/volumes/pool0?force=true")?.status == 409);
+    world.fact("pool0", "lv_name").map(drop)
+}
+
+fn another_address_than_loopback_is_refused(world: &World) -> Result<()> {
+    for host in ["0.0.0.0", "10.0.2.15", "::"] {
+        let refused = world.vm.run_within(
+            JOB,
+            &format!(
+                "HOST={host} LVP_STATE_DIR=/var/lib/lvp-open LVP_CACHE_DIR=/var/lib/lvp-open/cache {BINARY} serve"
+            ),
+        )?;
+        ensure!(refused.code == 2 && refused.stderr.contains("loopback"), "{host}: {refused:?}");
+    }
+    Ok(())
+}

@@ -1,0 +1,21 @@
+//! What the steps of every job work with.
+
+use crate::{
+    host::libvirt::Libvirt,
+    image::{Images, SourceSettings},
+    volume::Targets,
+};
+
+/// What the steps work with; shared by all jobs.
+pub struct Services {
+    /// The sources and the cache.
+    pub images: Images,
+    /// How sources are reached.
+    pub sources: SourceSettings,
+    /// The places for volumes.
+    pub targets: Targets,
+    /// libvirt, where this host has it.
+    pub libvirt: Option<Libvirt>,
+    /// Threads that decode and write, for one job.
+    pub workers: usize,
+}
