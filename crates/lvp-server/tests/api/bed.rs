@@ -150,7 +150,8 @@ impl Running {
         let base = format!("http://{}", listeners.tcp_address().unwrap());
         let (stop, stopped) = watch::channel(false);
         let server = tokio::spawn(listen::serve(listeners, lvp_server::router(engine.clone()), stopped));
-        let client = || reqwest::Client::builder().no_proxy();
+        // A server that does not answer fails the test instead of holding it up.
+        let client = || reqwest::Client::builder().no_proxy().timeout(PATIENCE);
         let tcp = Door { http: client().build().unwrap(), base };
         let unix = Door { http: client().unix_socket(socket).build().unwrap(), base: "http://localhost".to_owned() };
         Self { engine, tcp, unix, stop, server }
