@@ -202,6 +202,8 @@ impl ErrorCode {
             Self::ImageInvalid => "check the file with `qemu-img check`, and upload it again",
             Self::ImageRefused => "make an image that stands alone: qemu-img convert -O qcow2",
             Self::ChecksumMismatch => "check which one is right: the image or the published checksum",
+            Self::NotPermitted => "use the command line on the machine itself, or the daemon's Unix socket",
+            Self::SourceNotFound => "check the bucket and the path; upper and lower case differ",
             Self::SourceFailed | Self::SourceChanged => "try again; if it stays so, look at the source's own log",
             Self::SourceUnreachable => "check the name and the port, and that this machine may connect there",
             Self::InputOutput | Self::CommandFailed => "see the log of the daemon and of the kernel",

@@ -82,7 +82,7 @@ async fn rollback_never_removes_a_volume_that_was_there() {
     let before = vec![7; DISK as usize];
     fs::write(bed.volume("web-1"), &before).unwrap();
     // Fails before it writes: nothing is touched.
-    let broken = bed.image("broken.qcow2", 1);
+    let broken = bed.image("broken.qcow2", 3);
     bed.upload(&broken);
     bed.store.put("images", "broken.qcow2", b"QFI\xfbnot what was promised").unwrap();
     let job = bed.ended(&bed.submit(&bed.order("broken.qcow2", "web-1")).await).await;
@@ -185,7 +185,10 @@ async fn one_volume_is_written_by_one_job_at_a_time() {
     bed.job_when(&first, |job| job["status"] == "running").await;
     let second = bed.submit(&order).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
-    assert_eq!((&bed.job(&first).await["status"], &bed.job(&second).await["status"]), (&json!("running"), &json!("pending")));
+    assert_eq!(
+        (&bed.job(&first).await["status"], &bed.job(&second).await["status"]),
+        (&json!("running"), &json!("pending"))
+    );
     let (first, second) = (bed.ended(&first).await, bed.ended(&second).await);
     let time = |job: &Value, field: &str| job[field].as_str().unwrap().parse::<jiff::Timestamp>().unwrap();
     assert!(time(&second, "started_at") >= time(&first, "finished_at"), "{first:#} {second:#}");

@@ -66,7 +66,10 @@ async fn verification_tells_a_damaged_image_and_the_next_provision_fetches_it_an
     let job = prefetch(&bed, "good.qcow2").await;
     let verify = format!("/api/v1/images/{digest}/verify");
     let intact = bed.tcp().post(&verify, &json!({})).await.expect(200);
-    assert_eq!((&intact["intact"], &intact["expected"], &intact["actual"]), (&json!(true), &json!(format!("sha256:{digest}")), &intact["expected"]));
+    assert_eq!(
+        (&intact["intact"], &intact["expected"], &intact["actual"]),
+        (&json!(true), &json!(format!("sha256:{digest}")), &intact["expected"])
+    );
 
     let cached = PathBuf::from(job["image_path"].as_str().unwrap());
     let mut bytes = fs::read(&cached).unwrap();
@@ -124,9 +127,15 @@ async fn ten_requests_for_one_image_download_it_once() {
         bed.assert_holds(&bed.volume(&format!("web-{number}")), &file, "qcow2", DISK);
     }
     // The header is read by ranges before; all of the image is asked for once.
-    let whole = web.received().iter().filter(|request| {
-        request.method == "GET" && request.target == "/shared.qcow2" && request.header("range").is_none_or(|range| range == "bytes=0-")
-    }).count();
+    let whole = web
+        .received()
+        .iter()
+        .filter(|request| {
+            request.method == "GET"
+                && request.target == "/shared.qcow2"
+                && request.header("range").is_none_or(|range| range == "bytes=0-")
+        })
+        .count();
     assert_eq!(whole, 1);
     assert_eq!(bed.tcp().get("/api/v1/images").await.expect(200).as_array().unwrap().len(), 1);
 }

@@ -71,5 +71,8 @@ async fn deleting_a_volume_needs_force_and_only_lvps_own_are_deleted() {
     assert!(!bed.volume("web-1").exists() && bed.volume("foreign").exists());
     bed.tcp().delete("/api/v1/volumes/web-1?force=true").await.refusal("volume_not_found");
     let left = bed.tcp().get("/api/v1/volumes").await.expect(200);
-    assert_eq!(left.as_array().unwrap().iter().map(|volume| &volume["name"]).collect::<Vec<_>>(), [&Value::from("foreign")]);
+    assert_eq!(
+        left.as_array().unwrap().iter().map(|volume| &volume["name"]).collect::<Vec<_>>(),
+        [&Value::from("foreign")]
+    );
 }

@@ -166,7 +166,10 @@ impl Bed {
     pub fn assert_holds(&self, volume: &str, image: &Path) {
         let reference = self.path("images/reference");
         images::raw_from(image, "qcow2", &reference).unwrap();
-        assert!(fs::read(self.volume(volume)).unwrap() == fs::read(reference).unwrap(), "{volume} differs from its image");
+        assert!(
+            fs::read(self.volume(volume)).unwrap() == fs::read(reference).unwrap(),
+            "{volume} differs from its image"
+        );
     }
 }
 

@@ -8,13 +8,15 @@ use crate::bed::{Bed, run};
 fn each_setting_is_shown_with_its_origin_and_secrets_are_not() {
     let bed = Bed::new();
     let file = bed.path("other.toml");
-    fs::write(&file, "max_concurrent_jobs = 3\nworkers = 3\n[targets.fast]\nkind = 'lvm'\nvolume_group = 'vg0'\n").unwrap();
+    fs::write(&file, "max_concurrent_jobs = 3\nworkers = 3\n[targets.fast]\nkind = 'lvm'\nvolume_group = 'vg0'\n")
+        .unwrap();
     let words = ["--config", file.to_str().unwrap(), "config", "show", "--log-level", "warn", "-o", "json"];
     let shown = run(bed.command(&words).env("LVP_WORKERS", "5")).exits(0);
     assert!(!shown.stdout.contains("secret-key") && !shown.stdout.contains("access-key"), "{shown:?}");
     let rows = shown.json();
     let row = |key: &str| {
-        let row = rows.as_array().unwrap().iter().find(|row| row["setting"] == key).unwrap_or_else(|| panic!("no {key}"));
+        let row =
+            rows.as_array().unwrap().iter().find(|row| row["setting"] == key).unwrap_or_else(|| panic!("no {key}"));
         (row["value"].as_str().unwrap().to_owned(), row["origin"].as_str().unwrap().to_owned())
     };
     let pair = |value: &str, origin: &str| (value.to_owned(), origin.to_owned());
@@ -33,11 +35,17 @@ fn what_is_not_a_setting_is_refused_with_the_nearest_name() {
     let file = bed.path("other.toml");
     fs::write(&file, "[minio]\nendpiont = 'http://127.0.0.1:1'\n").unwrap();
     let refused = bed.lvp(&["--config", file.to_str().unwrap(), "job", "list"]).exits(2);
-    assert!(refused.stderr.contains("minio.endpiont") && refused.stderr.contains("did you mean minio.endpoint?"), "{refused:?}");
+    assert!(
+        refused.stderr.contains("minio.endpiont") && refused.stderr.contains("did you mean minio.endpoint?"),
+        "{refused:?}"
+    );
     let refused = run(bed.command(&["job", "list"]).env("LVP_CACHE_DIRR", "/x")).exits(2);
     assert!(refused.stderr.contains("did you mean LVP_CACHE_DIR?"), "{refused:?}");
     let refused = run(bed.command(&["job", "list"]).env("MAX_CONCURRENT_JOBS", "0")).exits(2);
-    assert!(refused.stderr.contains("from MAX_CONCURRENT_JOBS") && refused.stderr.contains("at least 1"), "{refused:?}");
+    assert!(
+        refused.stderr.contains("from MAX_CONCURRENT_JOBS") && refused.stderr.contains("at least 1"),
+        "{refused:?}"
+    );
     let refused = run(bed.command(&["job", "list"]).env("LVP_CONFIG", "/nowhere.toml")).exits(2);
     assert!(refused.stderr.contains("/nowhere.toml"), "{refused:?}");
     assert!(!bed.path("state").exists());
@@ -56,7 +64,9 @@ fn credentials_are_missed_only_by_a_source_that_needs_them() {
     assert!(denied.stderr.contains("MINIO_ACCESS_KEY"), "{denied:?}");
     bed.store.make_public("images");
     without(&["provision", "s3://images/good.qcow2", "web-2", "--size", "8M"]).exits(0);
-    let nowhere = run(bed.command(&["provision", "s3://images/good.qcow2", "web-3", "--size", "8M"]).env_remove("MINIO_ENDPOINT"));
+    let nowhere = run(bed
+        .command(&["provision", "s3://images/good.qcow2", "web-3", "--size", "8M"])
+        .env_remove("MINIO_ENDPOINT"));
     assert!(nowhere.exits(2).stderr.contains("MINIO_ENDPOINT"));
 }
 
@@ -71,7 +81,10 @@ fn doctor_ends_well_on_a_usable_host_and_tells_the_fix_on_another() {
     assert!(!bed.path("state").exists(), "doctor changed something");
 
     let keys = run(bed.command(&["doctor"]).env("MINIO_SECRET_KEY", "wrong")).exits(8);
-    assert!(keys.stdout.contains("FAIL  object store") && keys.stdout.contains("fix: check MINIO_ACCESS_KEY"), "{keys:?}");
+    assert!(
+        keys.stdout.contains("FAIL  object store") && keys.stdout.contains("fix: check MINIO_ACCESS_KEY"),
+        "{keys:?}"
+    );
     let group = run(bed.command(&["doctor", "-o", "json"]).env("LVM_VOLUME_GROUP", "no-such-group")).exits(8);
     let checks = group.json();
     let target = checks.as_array().unwrap().iter().find(|check| check["name"] == "target:default").unwrap();

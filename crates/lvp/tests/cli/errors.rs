@@ -16,9 +16,7 @@ fn assert_error(run: Run, exit: i32, code: &str) {
 fn each_kind_of_error_has_its_exit_code() {
     let bed = Bed::new();
     let image = bed.publish("good.qcow2");
-    let provision = |url: &str, volume: &str, more: &[&str]| {
-        bed.lvp(&[&["provision", url, volume], more].concat())
-    };
+    let provision = |url: &str, volume: &str, more: &[&str]| bed.lvp(&[&["provision", url, volume], more].concat());
     let good = "s3://images/good.qcow2";
     provision(good, "web-1", &["--size", "8M"]).exits(0);
 

@@ -16,7 +16,10 @@ fn an_image_goes_from_a_path_to_a_volume_and_the_second_time_from_the_cache() {
     // A path as the user sees it, relative to where he stands.
     let first = bed.lvp(&["provision", "images/good.qcow2", "web-1", "--size", "8M"]).exits(0);
     assert!(first.stdout.contains("web-1 is ready at") && first.stdout.contains("downloaded"), "{first:?}");
-    assert!(first.stderr.contains("populating") || first.stderr.contains("downloading") || first.stderr.contains("waiting"), "{first:?}");
+    assert!(
+        first.stderr.contains("populating") || first.stderr.contains("downloading") || first.stderr.contains("waiting"),
+        "{first:?}"
+    );
     let second = bed.lvp(&["provision", image.to_str().unwrap(), "web-2", "--size", "8M"]).exits(0);
     assert!(second.stdout.contains("from the cache"), "{second:?}");
     for volume in ["web-1", "web-2"] {
@@ -29,7 +32,10 @@ fn an_image_goes_from_the_object_store_to_a_volume() {
     let bed = Bed::new();
     let image = bed.publish("good.qcow2");
     let job = bed.lvp(&["provision", "s3://images/good.qcow2", "web-1", "--size", "8M", "-o", "json"]).exits(0).json();
-    assert_eq!((&job["status"], &job["volume"], &job["cache_hit"]), (&"completed".into(), &"web-1".into(), &false.into()));
+    assert_eq!(
+        (&job["status"], &job["volume"], &job["cache_hit"]),
+        (&"completed".into(), &"web-1".into(), &false.into())
+    );
     bed.assert_holds("web-1", &image);
     let id = job["job_id"].as_str().unwrap();
     // Another process knows it too.
@@ -55,7 +61,10 @@ fn results_are_json_or_yaml_for_programs_and_nothing_else_is_on_stdout() {
     bed.publish("good.qcow2");
     let words = ["provision", "s3://images/good.qcow2", "web-1", "--size", "8M", "--output"];
     let yaml = bed.lvp(&[&words[..], &["yaml"]].concat()).exits(0).stdout;
-    assert!(yaml.lines().any(|line| line == "status: completed") && yaml.lines().all(|line| line.contains(':')), "{yaml}");
+    assert!(
+        yaml.lines().any(|line| line == "status: completed") && yaml.lines().all(|line| line.contains(':')),
+        "{yaml}"
+    );
     for command in [&["job", "list"][..], &["image", "list"], &["volume", "list"], &["config", "show"], &["doctor"]] {
         bed.lvp(&[command, &["-o", "json"]].concat()).exits(0).json();
         let yaml = bed.lvp(&[command, &["-o", "yaml"]].concat()).exits(0).stdout;
@@ -85,7 +94,10 @@ fn a_job_without_a_daemon_is_not_detached() {
     let bed = Bed::new();
     bed.publish("good.qcow2");
     let refused = bed.lvp(&["provision", "s3://images/good.qcow2", "web-1", "--size", "8M", "--detach"]).exits(2);
-    assert!(refused.stderr.contains("--detach needs a daemon") && refused.stderr.contains("hint: start `lvp serve`"), "{refused:?}");
+    assert!(
+        refused.stderr.contains("--detach needs a daemon") && refused.stderr.contains("hint: start `lvp serve`"),
+        "{refused:?}"
+    );
     bed.lvp(&["image", "prefetch", "s3://images/good.qcow2", "--detach"]).exits(2);
     assert!(bed.lvp(&["job", "list"]).exits(0).stdout.contains("no jobs"));
     let prefetched = bed.lvp(&["image", "prefetch", "s3://images/good.qcow2"]).exits(0);
@@ -121,9 +133,12 @@ fn interrupting_a_provision_takes_back_what_it_did() {
 fn a_closed_pipe_is_no_panic() {
     let bed = Bed::new();
     let program = env!("CARGO_BIN_EXE_lvp");
-    for words in ["config show", "completions bash", "completions zsh", "doctor", "job list -o json", "--help", "--version"] {
+    for words in
+        ["config show", "completions bash", "completions zsh", "doctor", "job list -o json", "--help", "--version"]
+    {
         let mut shell = bed.command(&[]);
-        let environment: Vec<_> = shell.get_envs().map(|(name, value)| (name.to_owned(), value.map(ToOwned::to_owned))).collect();
+        let environment: Vec<_> =
+            shell.get_envs().map(|(name, value)| (name.to_owned(), value.map(ToOwned::to_owned))).collect();
         shell = std::process::Command::new("bash");
         shell.env_clear().envs(environment.into_iter().filter_map(|(name, value)| Some((name, value?))));
         // The reader is gone before the first byte is written.
