@@ -218,7 +218,7 @@ fn own_error(code: ErrorCode, message: String) -> Box<ErrorBody> {
         message,
         code: code.http_status(),
         retryable: code.retryable(),
-        hint: None,
+        hint: code.usual_hint().map(str::to_owned),
         correlation_id: None,
         details: serde_json::Map::new(),
     })

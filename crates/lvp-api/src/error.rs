@@ -178,6 +178,41 @@ error_codes! {
     Internal = "internal", 500, INTERNAL, false;
 }
 
+impl ErrorCode {
+    /// What usually helps, where the place of the error has nothing better to say.
+    pub fn usual_hint(self) -> Option<&'static str> {
+        Some(match self {
+            Self::MalformedJson => "send one JSON object; /api/openapi.json has the schema of each request",
+            Self::InvalidField | Self::UnknownField => "see the schema of the request in /api/openapi.json",
+            Self::InvalidSize => "write volume_size_gb: 50 or size: \"50G\"",
+            Self::InvalidVolumeName => "use 1 to 127 letters, digits and + _ . -, and no '-' at the front",
+            Self::InvalidUrl => "write s3://bucket/key or https://host/path, and % and two digits for what is special",
+            Self::InvalidChecksum => "give sha256: and what sha256sum prints for the image",
+            Self::InvalidJobId => "use the job_id of the answer to the request; the list of jobs has it too",
+            Self::InvalidTarget => "name a target of the configuration; `lvp config show` lists them",
+            Self::RouteNotFound | Self::MethodNotAllowed => "see /api/openapi.json",
+            Self::UnsupportedMediaType => "send the header Content-Type: application/json",
+            Self::BodyTooLarge => "send the request alone; an image is named by its URL, not sent",
+            Self::ImageNotFound => "see the list of images; a digest needs 12 digits or more",
+            Self::VolumeNotFound => "see the list of volumes; one of another target needs its target",
+            Self::JobFinished => "nothing is to be done; delete the volume if it is not wanted",
+            Self::ImageInUse => "wait until the job that uses it has ended",
+            Self::ImagePinned => "unpin it first",
+            Self::ImageTypeMismatch => "set image_type to what `qemu-img info` says of the image",
+            Self::ImageInvalid => "check the file with `qemu-img check`, and upload it again",
+            Self::ImageRefused => "make an image that stands alone: qemu-img convert -O qcow2",
+            Self::ChecksumMismatch => "check which one is right: the image or the published checksum",
+            Self::NotPermitted => "use the command line on the machine itself, or the daemon's Unix socket",
+            Self::SourceNotFound => "check the bucket and the path; upper and lower case differ",
+            Self::SourceFailed | Self::SourceChanged => "try again; if it stays so, look at the source's own log",
+            Self::SourceUnreachable => "check the name and the port, and that this machine may connect there",
+            Self::InputOutput | Self::CommandFailed => "see the log of the daemon and of the kernel",
+            Self::ShuttingDown => "try again when the daemon has started",
+            _ => return None,
+        })
+    }
+}
+
 impl std::fmt::Display for ErrorCode {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.name())

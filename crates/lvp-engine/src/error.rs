@@ -95,7 +95,7 @@ impl Error {
             message: self.chain(),
             code: self.code().http_status(),
             retryable: self.retryable(),
-            hint: self.inner.hint.clone(),
+            hint: self.inner.hint.clone().or_else(|| self.code().usual_hint().map(str::to_owned)),
             correlation_id: None,
             details: self.inner.details.clone(),
         }

@@ -77,14 +77,23 @@ impl Listeners {
     }
 }
 
-async fn bind_tcp(host: &str, port: u16) -> lvp_engine::Result<TcpListener> {
-    let invalid = |why: String| {
-        Error::new(ErrorCode::InvalidConfiguration, format!("cannot listen on {host} port {port}: {why}"))
-    };
-    let addresses: Vec<SocketAddr> = (host, port)
-        .to_socket_addrs()
-        .map_err(|error| invalid(error.to_string()).hint("set HOST to 127.0.0.1"))?
-        .collect();
+/// Refuses addresses that must not be served, before anything is opened.
+///
+/// # Errors
+/// `not_permitted` for a TCP address that is not loopback; `invalid_configuration` for one that is none.
+pub fn check(addresses: &Addresses) -> lvp_engine::Result<()> {
+    addresses.tcp.as_ref().map_or(Ok(()), |(host, port)| loopback(host, *port).map(drop))
+}
+
+fn cannot_listen(host: &str, port: u16, why: &std::io::Error) -> Error {
+    Error::new(ErrorCode::InvalidConfiguration, format!("cannot listen on {host} port {port}: {why}"))
+        .hint("set HOST to 127.0.0.1")
+}
+
+/// The addresses of a host, all of which must be loopback.
+fn loopback(host: &str, port: u16) -> lvp_engine::Result<Vec<SocketAddr>> {
+    let addresses: Vec<SocketAddr> =
+        (host, port).to_socket_addrs().map_err(|error| cannot_listen(host, port, &error))?.collect();
     if let Some(open) = addresses.iter().find(|address| !address.ip().is_loopback()) {
         return Err(Error::new(
             ErrorCode::NotPermitted,
@@ -95,12 +104,17 @@ async fn bind_tcp(host: &str, port: u16) -> lvp_engine::Result<TcpListener> {
         )
         .hint("set HOST=127.0.0.1 and reach it through ssh or a proxy that authenticates"));
     }
+    Ok(addresses)
+}
+
+async fn bind_tcp(host: &str, port: u16) -> lvp_engine::Result<TcpListener> {
+    let addresses = loopback(host, port)?;
     TcpListener::bind(addresses.as_slice()).await.map_err(|error| {
         if error.kind() == std::io::ErrorKind::AddrInUse {
             return Error::new(ErrorCode::StateLocked, format!("{host} port {port} is served by another program"))
                 .hint("set PORT to a free one, or stop the other program");
         }
-        invalid(error.to_string())
+        cannot_listen(host, port, &error)
     })
 }
 

@@ -98,7 +98,7 @@ pub struct Provision {
     #[arg(value_parser = parse::<VolumeName>)]
     pub name: VolumeName,
     /// The volume's size, such as 50G (powers of 1024) or bytes
-    #[arg(long, short, value_parser = parse::<ByteSize>)]
+    #[arg(long, short, allow_hyphen_values = true, value_parser = parse::<ByteSize>)]
     pub size: ByteSize,
     /// Where the volume lives: a configured target, lvm:GROUP, lvm:GROUP/POOL or dir:/PATH
     #[arg(long, short)]

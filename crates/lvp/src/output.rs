@@ -17,6 +17,11 @@ pub fn print<T: Serialize>(value: &T, output: Output, table: impl FnOnce(&T) -> 
         Output::Json => serde_json::to_string_pretty(value).map_err(|error| failed(&error.to_string()))?,
         Output::Yaml => serde_saphyr::to_string(value).map_err(|error| failed(&error.to_string()))?,
     };
+    print_text(&text)
+}
+
+/// Prints a text as it is, and one end of line.
+pub fn print_text(text: &str) -> Result<(), Box<ErrorBody>> {
     match writeln!(io::stdout().lock(), "{}", text.trim_end()) {
         // The reader of a pipe has seen enough.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),

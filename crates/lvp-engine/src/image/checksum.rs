@@ -44,7 +44,6 @@ pub(super) async fn published(sources: &Sources, image: &ImageUrl, progress: &Pr
             parse(&bytes, &image.file_name()).map(Some).map_err(|why| unreadable(&url, &why))
         }
         Ok(Some(Small::TooLarge)) => Err(unreadable(&url, &format!("it is larger than {LARGEST} bytes"))),
-        // Any other code of the source is about keys or clock, and says so already.
         Err(error) if error.code() == ErrorCode::SourceDenied && may_be_missing(&error) => Err(error.hint(
             "S3 also refuses so when the file is not there and the keys may not list the bucket: publish the checksum \
              file, allow listing, or give the digest in the field `checksum`",
@@ -53,9 +52,12 @@ pub(super) async fn published(sources: &Sources, image: &ImageUrl, progress: &Pr
     }
 }
 
-/// Whether a refusal may mean that the file is not there.
+/// Whether a refusal may mean that the file is not there. Without keys, and with any code of the source but this one, it
+/// is about keys or clock, and says so already.
 fn may_be_missing(denied: &Error) -> bool {
-    denied.to_body().details.get("source_code").is_none_or(|code| code == "AccessDenied")
+    let details = denied.to_body().details;
+    let is_signed = details.get("signed").is_none_or(|signed| signed != false);
+    is_signed && details.get("source_code").is_none_or(|code| code == "AccessDenied")
 }
 
 fn unreadable(url: &ImageUrl, why: &str) -> Error {

@@ -124,7 +124,7 @@ impl Web<'_> {
         http::send(self.client, method, self.address(method)?, headers, self.url).await.map_err(|failure| {
             if unsigned && failure.error.code() == ErrorCode::SourceDenied {
                 let hint = "MINIO_ACCESS_KEY and MINIO_SECRET_KEY are not set, and this object needs them";
-                return Failure { error: failure.error.hint(hint), again: failure.again };
+                return Failure { error: failure.error.hint(hint).detail("signed", false), again: failure.again };
             }
             failure
         })

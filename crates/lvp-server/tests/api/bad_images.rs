@@ -171,8 +171,13 @@ async fn a_target_that_is_not_there_or_has_no_room_fails_the_job() {
     assert_eq!((&job["status"], &job["error_code"]), (&json!("failed"), &json!("target_unavailable")), "{job:#}");
     assert!(job["error"].as_str().unwrap().contains("not a directory"), "{job:#}");
 
-    let length = fs::metadata(image).unwrap().len().to_string();
-    assert_fails(&bed, &bed.order("good.qcow2", "web-1"), "cache_full", &["LVP_CACHE_MAX_BYTES", &length]).await;
+    let length = fs::metadata(image).unwrap().len();
+    let before = bed.listing();
+    let job = bed.fail(&bed.order("good.qcow2", "web-1"), "cache_full").await;
+    assert!(job["hint"].as_str().unwrap().contains("LVP_CACHE_MAX_BYTES"), "{job:#}");
+    assert_eq!(job["details"]["wanted_bytes"], length, "{job:#}");
+    // No waiting makes a limit larger.
+    assert_eq!((&job["retryable"], bed.listing()), (&json!(false), before), "{job:#}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -33,6 +33,7 @@ async fn assert_refused(bed: &Bed, cases: Vec<Case<'_>>) {
             assert_eq!(answer.status, status_of(code), "{body}: {}", answer.text);
             let refusal = answer.refusal(code);
             assert_eq!(refusal["retryable"], false, "{body}: {refusal:#}");
+            assert!(refusal["hint"].as_str().is_some_and(|hint| !hint.is_empty()), "{body}: no hint in {refusal:#}");
             for word in words {
                 assert!(answer.text.contains(word), "{body}: no '{word}' in {refusal:#}");
             }
@@ -288,7 +289,7 @@ async fn a_query_that_cannot_be_read_is_refused_like_a_body() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_request_under_another_hosts_name_is_refused_over_tcp() {
     let bed = Bed::new().await;
-    let ask = |door: &Door, host: &str| door.request(Method::GET, "/health").header(HOST, host.to_owned());
+    let ask = |door: &Door, host: &str| door.request(Method::GET, "/healthz").header(HOST, host.to_owned());
     for host in ["evil.example", "evil.example:8080", "10.0.0.1", "localhost.evil.example", "127.0.0.1.evil.example"] {
         let answer = Answer::of(ask(bed.tcp(), host)).await;
         assert_eq!(answer.status, 403, "{host}");

@@ -143,15 +143,15 @@ fn settings(root: &Path, endpoint: &str) -> EngineSettings {
 }
 
 impl Running {
-    async fn start(settings: &EngineSettings) -> Self {
-        let engine = Engine::open(settings.clone()).await.unwrap();
+    async fn start(settings: &EngineSettings, engine: Engine) -> Self {
         let socket = settings.state_directory.join("lvp.sock");
         let addresses = Addresses { tcp: Some(("127.0.0.1".to_owned(), 0)), unix: Some(socket.clone()) };
         let listeners = listen::bind(&addresses).await.unwrap();
         let base = format!("http://{}", listeners.tcp_address().unwrap());
         let (stop, stopped) = watch::channel(false);
         let server = tokio::spawn(listen::serve(listeners, lvp_server::router(engine.clone()), stopped));
-        let client = || reqwest::Client::builder().no_proxy();
+        // A server that does not answer fails the test instead of holding it up.
+        let client = || reqwest::Client::builder().no_proxy().timeout(PATIENCE);
         let tcp = Door { http: client().build().unwrap(), base };
         let unix = Door { http: client().unix_socket(socket).build().unwrap(), base: "http://localhost".to_owned() };
         Self { engine, tcp, unix, stop, server }
@@ -180,7 +180,8 @@ impl Bed {
         fs::write(root.path().join("file"), "no directory").unwrap();
         let mut settings = settings(root.path(), &store.endpoint());
         change(&mut settings);
-        let running = Some(Running::start(&settings).await);
+        let engine = Engine::open(settings.clone()).await.unwrap();
+        let running = Some(Running::start(&settings, engine).await);
         Self { root, store, settings, running }
     }
 
@@ -203,12 +204,14 @@ impl Bed {
         self.running.take().expect("the server runs").stop().await;
         // The locks go with the last clone of the engine, which the last connection holds for a moment.
         let begun = Instant::now();
-        while let Err(error) = Engine::open(self.settings.clone()).await.map(drop) {
-            assert!(begun.elapsed() < PATIENCE, "{error:?}");
+        let engine = loop {
+            match Engine::open(self.settings.clone()).await {
+                Ok(engine) => break engine,
+                Err(error) => assert!(begun.elapsed() < PATIENCE, "{error:?}"),
+            }
             tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        self.running = Some(Running::start(&self.settings).await);
+        };
+        self.running = Some(Running::start(&self.settings, engine).await);
     }
 
     pub fn path(&self, inside: &str) -> PathBuf {
@@ -258,12 +261,9 @@ impl Bed {
     }
 
     /// Submits over TCP; gives the job's id.
-    #[track_caller]
-    pub fn submit(&self, order: &Value) -> impl Future<Output = String> {
-        async move {
-            let answer = self.tcp().post("/api/v1/jobs", order).await;
-            answer.expect(202)["job_id"].as_str().unwrap().to_owned()
-        }
+    pub async fn submit(&self, order: &Value) -> String {
+        let answer = self.tcp().post("/api/v1/jobs", order).await;
+        answer.expect(202)["job_id"].as_str().unwrap().to_owned()
     }
 
     pub async fn job(&self, id: &str) -> Value {

@@ -18,7 +18,7 @@ use crate::{
     cli::{Cli, Command},
     config::Config,
     connection::{Connection, body},
-    logging,
+    logging, output,
 };
 
 /// What commands return: an exit code, or the error that is printed.
@@ -27,7 +27,10 @@ pub type Outcome = Result<ExitCode, Box<ErrorBody>>;
 /// Runs the command.
 pub fn run(cli: Cli) -> Outcome {
     if let Command::Completions { shell } = &cli.command {
-        clap_complete::generate(*shell, &mut Cli::command(), "lvp", &mut std::io::stdout());
+        // By way of memory: the generator panics when its reader goes away.
+        let mut script = Vec::new();
+        clap_complete::generate(*shell, &mut Cli::command(), "lvp", &mut script);
+        output::print_text(&String::from_utf8_lossy(&script))?;
         return Ok(ExitCode::SUCCESS);
     }
     let config = Config::load(cli.global.config.clone(), cli.flags()).map_err(body)?;

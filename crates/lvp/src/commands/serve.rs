@@ -15,8 +15,11 @@ use crate::{config::Config, connection::body};
 
 /// Runs the command.
 pub async fn run(config: &Config) -> Outcome {
-    let engine = Engine::open(config.engine(Recovery::Resume).map_err(body)?).await.map_err(body)?;
     let addresses = config.addresses().map_err(body)?;
+    listen::check(&addresses).map_err(body)?;
+    // From here on a signal is a wish to stop, not the end in the middle of a step.
+    let signals = stop_signals().map_err(body)?;
+    let engine = Engine::open(config.engine(Recovery::Resume).map_err(body)?).await.map_err(body)?;
     let listeners = listen::bind(&addresses).await.map_err(body)?;
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -26,7 +29,7 @@ pub async fn run(config: &Config) -> Outcome {
     );
     let (stop, stopped) = watch::channel(false);
     let server = tokio::spawn(listen::serve(listeners, lvp_server::router(engine.clone()), stopped));
-    let name = stop_signal().await.map_err(body)?;
+    let name = signals.await;
     tracing::info!(signal = name, "stopping; running jobs will be resumed at the next start");
     engine.shutdown().await;
     let _ = stop.send(true);
@@ -35,12 +38,14 @@ pub async fn run(config: &Config) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Waits for a signal to stop.
-async fn stop_signal() -> lvp_engine::Result<&'static str> {
+/// Listens for signals to stop, from now on; gives the name of the first one.
+fn stop_signals() -> lvp_engine::Result<impl Future<Output = &'static str>> {
     let listen = |kind| signal(kind).map_err(|error| Error::internal("signals cannot be received").source(error));
     let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
-    tokio::select! {
-        _ = terminate.recv() => Ok("SIGTERM"),
-        _ = interrupt.recv() => Ok("SIGINT"),
-    }
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+        }
+    })
 }

@@ -1,0 +1,215 @@
+//! The daemon: reached through its socket, one per state directory, stopped by signals, counted and logged as promised.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    os::unix::fs::PermissionsExt,
+    process::Stdio,
+    time::Duration,
+};
+
+use serde_json::Value;
+
+use crate::bed::{Bed, MIB, Process, until};
+
+/// A stop ends within this.
+const SOON: Duration = Duration::from_secs(8);
+
+fn counted(bed: &Bed, series: &str) -> u64 {
+    let page = bed.get("/metrics");
+    let line =
+        page.lines().find_map(|line| line.strip_prefix(series)).unwrap_or_else(|| panic!("no {series} in {page}"));
+    line.trim().parse().unwrap()
+}
+
+fn jobs(bed: &Bed, status: &str) -> u64 {
+    counted(bed, &format!("libvirt_volume_provisioner_jobs_total{{status=\"{status}\"}}"))
+}
+
+#[test]
+fn commands_use_the_daemon_of_this_machine_through_its_socket() {
+    let bed = Bed::new();
+    let image = bed.publish("good.qcow2");
+    let mut daemon = bed.serve();
+    assert_eq!(fs::metadata(bed.socket()).unwrap().permissions().mode() & 0o777, 0o600);
+    let words = ["provision", "s3://images/good.qcow2", "web-1", "--size", "8M", "--detach"];
+    let id = bed.lvp(&words).exits(0).stdout.trim().to_owned();
+    let watched = bed.lvp(&["job", "watch", &id, "-o", "json"]).exits(0).json();
+    assert_eq!(watched["status"], "completed");
+    bed.assert_holds("web-1", &image);
+    // The daemon did it: it answers the same, and its log tells of the job.
+    assert!(bed.get(&format!("/api/v1/status/{id}")).contains("\"completed\""));
+    assert!(bed.log().contains(&id));
+    // A file of this machine may be named: the caller is its administrator.
+    bed.lvp(&["provision", image.to_str().unwrap(), "web-2", "--size", "8M"]).exits(0);
+
+    // The address over TCP stands in the log; files may not be named there.
+    let log = bed.log();
+    let line = log.lines().find(|line| line.contains("\"serving\"")).unwrap();
+    let serving: Value = serde_json::from_str(line).unwrap();
+    let url = format!("http://{}", serving["address"].as_str().unwrap());
+    assert_eq!(bed.lvp(&["--server", &url, "job", "show", &id, "-o", "json"]).exits(0).json(), watched);
+    let refused = bed.lvp(&["--server", &url, "provision", image.to_str().unwrap(), "web-3", "--size", "8M"]).exits(2);
+    assert!(refused.stderr.contains("not_permitted"), "{refused:?}");
+
+    daemon.signal("TERM");
+    assert!(daemon.ends_within(SOON).success());
+    assert!(!bed.socket().exists());
+    // Without it, the same commands do their own work on the same state.
+    assert_eq!(bed.lvp(&["job", "show", &id, "-o", "json"]).exits(0).json(), watched);
+    bed.lvp(&["--server", &url, "job", "list"]).exits(8);
+}
+
+#[test]
+fn jobs_are_counted_by_their_end() {
+    let bed = Bed::new();
+    bed.publish("good.qcow2");
+    bed.publish_heavy("heavy.qcow2", 512 * MIB);
+    let _daemon = bed.serve();
+    for status in ["started", "completed", "failed", "cancelled"] {
+        assert_eq!(jobs(&bed, status), 0, "{status}");
+    }
+    for volume in ["web-1", "web-2"] {
+        bed.lvp(&["provision", "s3://images/good.qcow2", volume, "--size", "8M"]).exits(0);
+    }
+    bed.lvp(&["provision", "s3://images/missing.qcow2", "web-3", "--size", "8M"]).exits(6);
+    let words = ["provision", "s3://images/heavy.qcow2", "web-4", "--size", "512M", "--detach"];
+    let id = bed.lvp(&words).exits(0).stdout.trim().to_owned();
+    until(|| bed.get(&format!("/api/v1/jobs/{id}")).contains("\"populating\""));
+    assert_eq!(counted(&bed, "libvirt_volume_provisioner_active_jobs"), 1);
+    let cancelled = bed.lvp(&["job", "cancel", &id]).exits(0);
+    assert!(cancelled.stdout.contains("cancelled"), "{cancelled:?}");
+    // A request that never became a job is none.
+    bed.lvp(&["provision", "s3://images/good.qcow2", "web-5", "--size", "8M", "--target", "nowhere"]).exits(3);
+    until(|| counted(&bed, "libvirt_volume_provisioner_active_jobs") == 0);
+    let counts = ["started", "completed", "failed", "cancelled"].map(|status| jobs(&bed, status));
+    assert_eq!(counts, [4, 2, 1, 1]);
+    let submitted = "libvirt_volume_provisioner_requests_total{endpoint=\"/api/v1/jobs\",method=\"POST\",status=";
+    assert_eq!(counted(&bed, &format!("{submitted}\"202\"}}")), 4);
+    assert_eq!(counted(&bed, &format!("{submitted}\"404\"}}")), 1);
+}
+
+#[test]
+fn a_second_daemon_on_the_same_state_is_refused_with_the_first_ones_pid() {
+    let bed = Bed::new();
+    let daemon = bed.serve();
+    let other = bed.path("other.sock");
+    let second = bed.lvp(&["serve", "--socket", other.to_str().unwrap()]).exits(8);
+    assert!(second.stderr.contains(&format!("process {}", daemon.0.id())), "{second:?}");
+    assert!(second.stderr.contains("state_locked") && second.stderr.contains("hint:"), "{second:?}");
+    assert!(bed.get("/livez").ends_with("ok"), "the first one still serves");
+}
+
+#[test]
+fn a_stopped_daemon_leaves_a_running_job_to_the_next() {
+    let bed = Bed::new();
+    bed.publish_heavy("heavy.qcow2", 512 * MIB);
+    let mut daemon = bed.serve();
+    let words = ["provision", "s3://images/heavy.qcow2", "web-1", "--size", "512M", "--detach"];
+    let id = bed.lvp(&words).exits(0).stdout.trim().to_owned();
+    until(|| bed.get(&format!("/api/v1/jobs/{id}")).contains("\"populating\""));
+    daemon.signal("TERM");
+    assert!(daemon.ends_within(SOON).success());
+    // One who only looks finds it as it was left.
+    assert_eq!(bed.lvp(&["job", "show", &id, "-o", "json"]).exits(0).json()["status"], "pending");
+    let _daemon = bed.serve();
+    assert_eq!(bed.lvp(&["job", "watch", &id, "-o", "json"]).exits(0).json()["status"], "completed");
+    let content = fs::read(bed.volume("web-1")).unwrap();
+    assert!(content.len() as u64 == 512 * MIB && content.iter().all(|byte| *byte == 7));
+}
+
+#[test]
+fn an_interrupt_stops_the_daemon_like_a_termination_however_early() {
+    let bed = Bed::new();
+    let mut daemon = bed.serve();
+    // At once: from the moment that the socket is there, a signal is a wish to stop.
+    daemon.signal("INT");
+    assert!(daemon.ends_within(SOON).success());
+    assert!(bed.log().contains("stopped"));
+}
+
+#[test]
+fn an_address_that_others_can_reach_is_refused_before_anything_is_done() {
+    let bed = Bed::new();
+    for host in ["0.0.0.0", "::", "192.0.2.1"] {
+        let refused = crate::bed::run(bed.command(&["serve"]).env("HOST", host)).exits(2);
+        assert!(refused.stderr.contains("no authentication yet") && refused.stderr.contains(host), "{refused:?}");
+        assert!(refused.stderr.contains("hint: set HOST=127.0.0.1"), "{refused:?}");
+        assert!(!bed.path("state").exists(), "the state was opened for {host}");
+    }
+}
+
+#[test]
+fn a_socket_that_a_killed_daemon_left_is_no_obstacle() {
+    let bed = Bed::new();
+    let mut daemon = bed.serve();
+    daemon.signal("KILL");
+    daemon.ends_within(SOON);
+    assert!(bed.socket().exists());
+    bed.lvp(&["job", "list"]).exits(0);
+    let _daemon = bed.serve();
+    bed.lvp(&["job", "list"]).exits(0);
+}
+
+#[test]
+fn interrupting_a_watcher_leaves_the_job_and_interrupting_the_submitter_cancels_it() {
+    let bed = Bed::new();
+    bed.publish_heavy("heavy.qcow2", 1024 * MIB);
+    let _daemon = bed.serve();
+    let words = ["provision", "s3://images/heavy.qcow2", "web-1", "--size", "1G"];
+    let mut submitter = Process(bed.command(&words).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+    until(|| bed.get("/api/v1/jobs").contains("\"populating\""));
+    let jobs = bed.lvp(&["job", "list", "-o", "json"]).exits(0).json();
+    let id = jobs["jobs"][0]["job_id"].as_str().unwrap().to_owned();
+    let mut watcher =
+        Process(bed.command(&["job", "watch", &id]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap());
+    // It shows the job, so it listens for the signal.
+    let mut line = String::new();
+    BufReader::new(watcher.0.stderr.as_mut().unwrap()).read_line(&mut line).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    watcher.signal("INT");
+    assert_eq!(watcher.ends_within(SOON).code(), Some(130));
+    assert_eq!(bed.lvp(&["job", "show", &id, "-o", "json"]).exits(0).json()["status"], "running");
+    submitter.signal("INT");
+    assert_eq!(submitter.ends_within(SOON).code(), Some(130));
+    assert_eq!(bed.lvp(&["job", "show", &id, "-o", "json"]).exits(0).json()["status"], "cancelled");
+    assert!(!bed.volume("web-1").exists());
+}
+
+#[test]
+fn passwords_and_keys_stand_in_no_log_and_no_answer() {
+    let bed = Bed::new();
+    bed.publish("good.qcow2");
+    let _daemon = bed.serve();
+    let url = "https://user:hush-hush@images.invalid/a.qcow2";
+    let refused = bed.lvp(&["provision", url, "web-1", "--size", "8M"]).exits(2);
+    assert!(refused.stderr.contains("url_has_credentials"), "{refused:?}");
+    let signed = "http://127.0.0.1:1/a.qcow2?X-Amz-Signature=hush-hush";
+    let failed = bed.lvp(&["provision", signed, "web-1", "--size", "8M"]).exits(6);
+    bed.lvp(&["provision", "s3://images/good.qcow2", "web-1", "--size", "8M"]).exits(0);
+    let body = format!("{{\"image_url\": \"{url}\", \"volume_name\": \"a\", \"size\": 1}}");
+    let head = format!(
+        "POST /api/v1/jobs HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    let answer = bed.ask(&format!("{head}{body}"));
+    assert!(answer.contains("url_has_credentials"), "{answer}");
+    let page = bed.get("/metrics");
+    let all = [
+        refused.stderr,
+        refused.stdout,
+        failed.stderr,
+        failed.stdout,
+        answer,
+        bed.get("/api/v1/jobs"),
+        page,
+        bed.log(),
+    ];
+    for text in all {
+        for secret in ["hush-hush", "a-very-secret-key"] {
+            let line = text.lines().find(|line| line.contains(secret));
+            assert!(line.is_none(), "{secret} is shown: {line:?}");
+        }
+    }
+    assert!(bed.log().contains("TRACE") || bed.log().contains("DEBUG"), "the log was not asked for everything");
+}
