@@ -9,6 +9,8 @@ use std::{
     os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt},
     path::PathBuf,
     sync::atomic::{AtomicU8, Ordering},
+    thread,
+    time::Duration,
 };
 
 use lvp_api::ErrorCode;
@@ -29,6 +31,9 @@ pub const BLOCK: usize = 4096;
 const DEVICE_PIECE: u64 = 32 << 20;
 /// A file system only notes that a range is zero, which is quick.
 const FILE_PIECE: u64 = 1 << 30;
+/// A device that is claimed by somebody is asked for so many times more, so far apart.
+const CLAIM_ATTEMPTS: u32 = 10;
+const BETWEEN_CLAIMS: Duration = Duration::from_millis(50);
 /// Zeros are written this much at a time.
 const WRITTEN_PIECE: u64 = 1 << 20;
 
@@ -78,7 +83,7 @@ impl OpenTarget {
         }
         // The first descriptor holds the claim of a device; a second one without O_EXCL is let in beside it.
         let claim = if device { OFlags::EXCL } else { OFlags::empty() };
-        let mut plain = open_with(target, claim).map_err(|error| not_opened(target, error))?;
+        let mut plain = claimed(target, claim).map_err(|error| not_opened(target, error))?;
         let size = plain.seek(SeekFrom::End(0)).map_err(|error| Error::io("finding the size of", path, error))?;
         if size != target.size {
             return Err(Error::new(
@@ -186,6 +191,18 @@ impl OpenTarget {
             self.path.display()
         )))
     }
+}
+
+/// Opens and claims. A program that is started in this moment, for another job, holds a copy of our last descriptor until
+/// it has begun, and a claim that is held so is none: it is tried again for a while.
+fn claimed(target: &BlockTarget, claim: OFlags) -> io::Result<File> {
+    for _ in 0..CLAIM_ATTEMPTS {
+        match open_with(target, claim) {
+            Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => thread::sleep(BETWEEN_CLAIMS),
+            opened => return opened,
+        }
+    }
+    open_with(target, claim)
 }
 
 fn open_with(target: &BlockTarget, flags: OFlags) -> io::Result<File> {

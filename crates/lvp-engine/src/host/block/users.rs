@@ -191,8 +191,17 @@ fn openers(subject: Subject) -> BTreeSet<String> {
         .collect()
 }
 
-/// Whether someone holds the device exclusively: a mount that we cannot see, or a program.
+/// Whether someone holds the device exclusively and keeps holding it: a mount that we cannot see, or a program.
 fn claimed(path: &Path) -> bool {
-    let opened = fs::OpenOptions::new().read(true).custom_flags(OFlags::EXCL.bits().cast_signed()).open(path);
-    opened.is_err_and(|error| error.raw_os_error() == Some(Errno::BUSY.raw_os_error()))
+    let busy = || {
+        let opened = fs::OpenOptions::new().read(true).custom_flags(OFlags::EXCL.bits().cast_signed()).open(path);
+        opened.is_err_and(|error| error.raw_os_error() == Some(Errno::BUSY.raw_os_error()))
+    };
+    (0..LOOKS).all(|_| {
+        let busy = busy();
+        if busy {
+            thread::sleep(BETWEEN_LOOKS);
+        }
+        busy
+    })
 }

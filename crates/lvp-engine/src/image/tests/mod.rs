@@ -85,8 +85,22 @@ impl Bed {
         // The lock goes with the last handle.
         let placeholder = tempfile::tempdir().unwrap();
         self.images = open(placeholder.path(), &self.settings, None).await.unwrap();
-        self.images = open(self.root.path(), &self.settings, None).await.unwrap();
+        self.images = self.open_when_unlocked().await;
         self
+    }
+
+    /// A program that another test starts in this moment holds copies of our descriptors, the lock among them, until it
+    /// has begun.
+    async fn open_when_unlocked(&self) -> Images {
+        for _ in 0..500 {
+            match open(self.root.path(), &self.settings, None).await {
+                Err(error) if error.code() == ErrorCode::StateLocked => {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                opened => return opened.unwrap(),
+            }
+        }
+        panic!("the lock is still held after 5 s");
     }
 
     /// The names of all files in the directory, sorted; those below `.lvp` but the lock with it before them.
