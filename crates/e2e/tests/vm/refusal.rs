@@ -32,7 +32,9 @@ fn expect_in_use(world: &World, state: &str, user: &str) -> Result<()> {
 }
 
 fn a_mounted_volume_is_in_use(world: &World) -> Result<()> {
-    world.vm.run_ok("lvcreate --yes --name web --size 64M vg0; mkfs.ext4 -q /dev/vg0/web; mount /dev/vg0/web /mnt")?;
+    world
+        .vm
+        .run_ok("lvcreate --yes --name web --size 64M vg0; mkfs.ext4 -q /dev/vg0/web; mount -o ro /dev/vg0/web /mnt")?;
     expect_in_use(world, "mounted", "/mnt")?;
     world.vm.run_ok("umount /mnt; udevadm settle")?;
     let daemon = world.serve("unmounted")?;
@@ -72,8 +74,8 @@ fn a_volume_larger_than_the_group_is_refused(world: &World) -> Result<()> {
     ensure!(world.volumes()?.is_empty() && world.cached("huge")?.is_empty(), "something is left");
     // All of it, to the last extent, is not too much.
     world
-        .make_volume("most", "--extents 100%FREE")
-        .and_then(|()| world.vm.run_ok("lvreduce --force --yes --size -64M vg0/most"))?;
+        .vm
+        .run_ok("lvcreate --yes --name most --extents 100%FREE vg0; lvreduce --force --yes --size -64M vg0/most")?;
     daemon.completed(&world.publish(&world.small)?.onto("web", "64M"))?;
     let job = daemon.failed(&world.publish(&world.small)?.onto("web-2", "64M"), "insufficient_space")?;
     ensure!(job["details"]["free_bytes"] == 0, "{job:#}");

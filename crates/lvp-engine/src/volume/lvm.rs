@@ -196,10 +196,11 @@ impl VolumeBackend for Lvm {
             return Err(Error::new(ErrorCode::FileInTheWay, format!("volume {} exists in {}", new.name, self.label())));
         }
         let (size, job) = (format!("{}b", new.size), format!("{JOB_TAG}{}", new.job));
-        // -W and -Z: signatures and the first bytes of what was there before never show through.
-        let mut arguments = vec!["-y", "-Wy", "-Zy", "-n", new.name.as_str(), "--addtag", TAG, "--addtag", &job];
+        let mut arguments = vec!["-y", "-n", new.name.as_str(), "--addtag", TAG, "--addtag", &job];
         match &self.pool {
-            None => arguments.extend(["-L", &size]),
+            // -W and -Z: signatures and the first bytes of what was there before never show through.
+            None => arguments.extend(["-Wy", "-Zy", "-L", &size]),
+            // A new thin volume has no bytes of before; LVM refuses -Z for it, as the pool decides that.
             Some(pool) => arguments.extend(["-V", &size, "--thinpool", pool]),
         }
         arguments.push(&self.group);
