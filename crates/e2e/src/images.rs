@@ -99,6 +99,27 @@ pub fn qemu_io(image: &Path, commands: &[&str]) -> Result<()> {
     run("qemu-io", &arguments).map(drop)
 }
 
+/// A qcow2 image that takes a while to write: `mib` MiB of the byte 7, which compress to little. It is made once and kept
+/// in `folder`, because to make it takes longer than most tests.
+///
+/// # Errors
+/// When `qemu-img` or `qemu-io` fails.
+pub fn qcow2_of_sevens(folder: &Path, mib: u64) -> Result<PathBuf> {
+    let kept = folder.join(format!("sevens-{mib}.qcow2"));
+    if kept.exists() {
+        return Ok(kept);
+    }
+    // A name of its own: another test may be making it too, and the last one wins.
+    let place = tempfile::tempdir_in(folder)?;
+    let (plain, packed) = (place.path().join("plain"), place.path().join("packed"));
+    qcow2_empty(&plain, mib << 20, &Qcow2Options::default())?;
+    qemu_io(&plain, &[&format!("write -q -P 7 0 {mib}M")])?;
+    let arguments = ["convert", "-c", "-f", "qcow2", "-O", "qcow2"].map(OsStr::new);
+    run("qemu-img", &[&arguments[..], &[plain.as_os_str(), packed.as_os_str()]].concat())?;
+    fs::rename(packed, &kept)?;
+    Ok(kept)
+}
+
 /// What `qemu-img convert` makes of an image: a raw file.
 ///
 /// # Errors

@@ -2,11 +2,12 @@
 
 use std::{
     fs,
+    path::Path,
     time::{Duration, Instant},
 };
 
 use e2e::{
-    images::{self, Qcow2Options},
+    images,
     server::{Page, Server},
 };
 use serde_json::{Value, json};
@@ -71,32 +72,22 @@ async fn a_download_is_cancelled_and_leaves_nothing() {
     assert_eq!(bed.listing(), before);
 }
 
-/// An image that takes a while to write: much data that compresses to little.
-fn heavy(bed: &Bed, size: u64) -> String {
-    let (plain, packed) = (bed.path("images/plain.qcow2"), bed.path("images/heavy.qcow2"));
-    images::qcow2_empty(&plain, size, &Qcow2Options::default()).unwrap();
-    images::qemu_io(&plain, &[&format!("write -q -P 7 0 {size}")]).unwrap();
-    let arguments = ["convert", "-c", "-f", "qcow2", "-O", "qcow2", plain.to_str().unwrap(), packed.to_str().unwrap()];
-    images::run("qemu-img", &arguments).unwrap();
-    fs::remove_file(plain).unwrap();
-    bed.upload(&packed);
-    "heavy.qcow2".to_owned()
-}
-
 fn is_populating(job: &Value) -> bool {
     job["progress"]["stage"] == "populating" && job["progress"]["bytes_processed"].as_u64().unwrap() > 0
 }
 
 /// How much of a file is on the disk, in blocks of 512 bytes.
-fn blocks(path: &std::path::Path) -> u64 {
+fn blocks(path: &Path) -> u64 {
     std::os::unix::fs::MetadataExt::blocks(&fs::metadata(path).unwrap())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cancelled_job_never_becomes_completed_and_its_writer_stops() {
-    const SIZE: u64 = 768 * MIB;
+    const SIZE: u64 = 1024 * MIB;
     let bed = Bed::new().await;
-    let mut order = bed.order(&heavy(&bed, SIZE), "web-1");
+    let heavy = images::qcow2_of_sevens(Path::new(env!("CARGO_TARGET_TMPDIR")), SIZE / MIB).unwrap();
+    bed.store.put_file("images", "heavy.qcow2", &heavy).unwrap();
+    let mut order = bed.order("heavy.qcow2", "web-1");
     order["size"] = json!(SIZE);
     // A new volume: it goes.
     let id = bed.submit(&order).await;

@@ -150,15 +150,10 @@ impl Bed {
         image
     }
 
-    /// An image that takes a while to write, in the bucket `images`: `size` bytes that compress to little.
-    pub fn publish_heavy(&self, name: &str, size: u64) {
-        let (plain, packed) = (self.path("images/plain.qcow2"), self.path(&format!("images/{name}")));
-        images::qcow2_empty(&plain, size, &images::Qcow2Options::default()).unwrap();
-        images::qemu_io(&plain, &[&format!("write -q -P 7 0 {size}")]).unwrap();
-        let words = ["convert", "-c", "-f", "qcow2", "-O", "qcow2", plain.to_str().unwrap(), packed.to_str().unwrap()];
-        images::run("qemu-img", &words).unwrap();
-        fs::remove_file(plain).unwrap();
-        self.store.put_file("images", name, &packed).unwrap();
+    /// `mib` MiB of the byte 7 as `heavy.qcow2` in the bucket `images`: it takes a while to write.
+    pub fn publish_heavy(&self, mib: u64) {
+        let file = images::qcow2_of_sevens(Path::new(env!("CARGO_TARGET_TMPDIR")), mib).unwrap();
+        self.store.put_file("images", "heavy.qcow2", &file).unwrap();
     }
 
     /// Asserts by `qemu-img` that a volume holds an image.

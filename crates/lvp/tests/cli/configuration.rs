@@ -19,6 +19,7 @@ fn each_setting_is_shown_with_its_origin_and_secrets_are_not() {
             rows.as_array().unwrap().iter().find(|row| row["setting"] == key).unwrap_or_else(|| panic!("no {key}"));
         (row["value"].as_str().unwrap().to_owned(), row["origin"].as_str().unwrap().to_owned())
     };
+    assert!(rows.as_array().unwrap().iter().any(|row| row["meaning"] == "Jobs that run at once"));
     let pair = |value: &str, origin: &str| (value.to_owned(), origin.to_owned());
     assert_eq!(row("log_level"), pair("warn", "--log-level"));
     assert_eq!(row("workers"), pair("5", "LVP_WORKERS"));

@@ -64,7 +64,7 @@ fn commands_use_the_daemon_of_this_machine_through_its_socket() {
 fn jobs_are_counted_by_their_end() {
     let bed = Bed::new();
     bed.publish("good.qcow2");
-    bed.publish_heavy("heavy.qcow2", 512 * MIB);
+    bed.publish_heavy(512);
     let _daemon = bed.serve();
     for status in ["started", "completed", "failed", "cancelled"] {
         assert_eq!(jobs(&bed, status), 0, "{status}");
@@ -103,7 +103,7 @@ fn a_second_daemon_on_the_same_state_is_refused_with_the_first_ones_pid() {
 #[test]
 fn a_stopped_daemon_leaves_a_running_job_to_the_next() {
     let bed = Bed::new();
-    bed.publish_heavy("heavy.qcow2", 512 * MIB);
+    bed.publish_heavy(512);
     let mut daemon = bed.serve();
     let words = ["provision", "s3://images/heavy.qcow2", "web-1", "--size", "512M", "--detach"];
     let id = bed.lvp(&words).exits(0).stdout.trim().to_owned();
@@ -154,7 +154,7 @@ fn a_socket_that_a_killed_daemon_left_is_no_obstacle() {
 #[test]
 fn interrupting_a_watcher_leaves_the_job_and_interrupting_the_submitter_cancels_it() {
     let bed = Bed::new();
-    bed.publish_heavy("heavy.qcow2", 1024 * MIB);
+    bed.publish_heavy(1024);
     let _daemon = bed.serve();
     let words = ["provision", "s3://images/heavy.qcow2", "web-1", "--size", "1G"];
     let mut submitter = Process(bed.command(&words).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());

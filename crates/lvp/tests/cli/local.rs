@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use crate::bed::{Bed, DISK, MIB, Process, run, until};
+use crate::bed::{Bed, DISK, Process, run, until};
 
 #[test]
 fn an_image_goes_from_a_path_to_a_volume_and_the_second_time_from_the_cache() {
@@ -107,8 +107,8 @@ fn a_job_without_a_daemon_is_not_detached() {
 #[test]
 fn interrupting_a_provision_takes_back_what_it_did() {
     let bed = Bed::new();
-    bed.publish_heavy("heavy.qcow2", 768 * MIB);
-    let words = ["provision", "s3://images/heavy.qcow2", "web-1", "--size", "768M"];
+    bed.publish_heavy(1024);
+    let words = ["provision", "s3://images/heavy.qcow2", "web-1", "--size", "1G"];
     let mut process = Process(bed.command(&words).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
     let mut stderr = BufReader::new(process.0.stderr.take().unwrap());
     let mut line = String::new();
