@@ -23,16 +23,19 @@ const COMPARE: Duration = Duration::from_secs(600);
 /// Takes away what a scenario left, and prints what could not be taken away.
 const RESET: &str = r#"set +e
 exec 3>&1 >/tmp/reset.log 2>&1
-for domain in $(virsh list --all --name); do virsh destroy $domain; virsh undefine --nvram $domain; done
-for pool in $(virsh pool-list --all --name); do virsh pool-destroy $pool; virsh pool-undefine $pool; done
+volumes() { lvs --noheadings --options lv_full_name vg0 | awk '$1 != "vg0/pool0" { print $1 }'; }
+found() { virsh --quiet 'list --all --name; pool-list --all --name' | grep .; volumes; }
 systemctl kill --kill-whom=all --signal=KILL 'test-*.service'
 systemctl stop 'test-*.service'
-awk '$1 ~ "^/dev/(mapper/)?vg0" { print $2 }' /proc/mounts | xargs --no-run-if-empty umount
-volumes() { lvs --noheadings --options lv_full_name vg0 | awk '$1 != "vg0/pool0" { print $1 }'; }
-volumes | xargs --no-run-if-empty lvremove --force --yes
+if [ -n "$(found)" ]; then
+    for domain in $(virsh list --all --name); do virsh destroy $domain; virsh undefine --nvram $domain; done
+    for pool in $(virsh pool-list --all --name); do virsh pool-destroy $pool; virsh pool-undefine $pool; done
+    awk '$1 ~ "^/dev/(mapper/)?vg0" { print $2 }' /proc/mounts | xargs --no-run-if-empty umount
+    volumes | xargs --no-run-if-empty lvremove --force --yes
+    left=$(found)
+fi
 rm -rf /var/lib/lvp-* /var/lib/libvirt-volume-provisioner /var/lib/libvirt/images/{*,.lvp} /var/log/bed/*
-exec >&3
-volumes; virsh list --all --name; virsh pool-list --all --name"#;
+echo $left >&3"#;
 
 /// All that a scenario works with.
 pub struct World {
@@ -44,7 +47,7 @@ pub struct World {
     pub binary: PathBuf,
     /// An image that is written in a moment: a disk of 64 MiB with holes.
     pub small: Fixture,
-    /// An image that takes a while: a disk of 128 MiB, almost full.
+    /// An image that takes a while: a disk of 96 MiB, almost full.
     pub large: Fixture,
 }
 
@@ -77,7 +80,7 @@ impl World {
         let vm = Vm::boot()?;
         vm.copy_in(&binary, BINARY)?;
         vm.run_ok(&format!("chmod 755 {BINARY}"))?;
-        let (small, large) = (Fixture::qcow2("small", 64, 8)?, Fixture::qcow2("large", 128, 112)?);
+        let (small, large) = (Fixture::qcow2("small", 64, 8)?, Fixture::qcow2("large", 96, 84)?);
         Ok(Self { vm, minio, binary, small, large })
     }
 

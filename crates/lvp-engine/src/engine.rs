@@ -255,11 +255,17 @@ impl Engine {
         let libvirt = self.inner.services.libvirt.clone();
         blocking(move || {
             let volume = target.backend.find(&name)?.ok_or_else(|| no_volume(&name, &target))?;
-            if volume.tags.made_by_lvp && !force {
-                return Err(Error::new(ErrorCode::ForceRequired, format!("deleting volume {name} loses its content"))
+            if volume.tags.made_by_lvp {
+                if !force {
+                    return Err(Error::new(
+                        ErrorCode::ForceRequired,
+                        format!("deleting volume {name} loses its content"),
+                    )
                     .hint("say force=true (on the command line: --force)"));
+                }
+                provision::refuse_in_use(&volume, libvirt.as_ref())?;
             }
-            provision::refuse_in_use(&volume, libvirt.as_ref())?;
+            // Refuses what lvp did not make, whoever uses it: a thin pool has no device to be asked about.
             target.backend.remove(&name)
         })
         .await

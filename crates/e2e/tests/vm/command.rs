@@ -79,7 +79,7 @@ fn ctrl_c_cancels_and_takes_back(world: &World) -> Result<()> {
         world,
         "",
         &format!(
-            "provision {} web --size 128M & command=$!
+            "provision {} web --size 96M & command=$!
              until test -e /dev/vg0/web; do sleep 0.1; done
              kill -INT $command; wait $command",
             published.s3_url

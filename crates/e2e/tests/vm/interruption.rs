@@ -26,7 +26,7 @@ fn populating<'world>(world: &'world World, name: &str) -> Result<(Product<'worl
     let published = world.publish(&world.large)?;
     let daemon = world.serve(name)?;
     world.throttle(SLOW)?;
-    let id = daemon.provision(&published.onto("web", "128M"))?;
+    let id = daemon.provision(&published.onto("web", "96M"))?;
     daemon.populating(&id)?;
     Ok((daemon, id))
 }
@@ -57,7 +57,7 @@ fn a_cancel_removes_the_new_volume(world: &World) -> Result<()> {
 }
 
 fn a_cancel_keeps_the_reused_volume(world: &World) -> Result<()> {
-    world.make_volume("web", "--size 128M")?;
+    world.make_volume("web", "--size 96M")?;
     world.vm.run_ok("lvchange --addtag backup vg0/web")?;
     let uuid = world.fact("web", "lv_uuid")?;
     let (daemon, id) = populating(world, "keep")?;
@@ -71,7 +71,7 @@ fn a_cancel_keeps_the_reused_volume(world: &World) -> Result<()> {
     ensure!(world.content("web")? == world.content("web")?, "something writes on");
     // It is complete after the next provision.
     world.unthrottle()?;
-    daemon.completed(&world.publish(&world.large)?.onto("web", "128M"))?;
+    daemon.completed(&world.publish(&world.large)?.onto("web", "96M"))?;
     world.expect_image("/dev/vg0/web", &world.large)
 }
 
@@ -86,7 +86,7 @@ fn downloading(daemon: &Product<'_>, id: &str) -> Result<()> {
 fn a_cancel_of_a_download_leaves_nothing(world: &World) -> Result<()> {
     let published = world.publish(&world.large)?;
     let daemon = world.serve("unwanted")?;
-    let id = daemon.provision(&published.onto("web", "128M"))?;
+    let id = daemon.provision(&published.onto("web", "96M"))?;
     downloading(&daemon, &id)?;
     ensure!(daemon.delete(&format!("/api/v1/jobs/{id}"))?.status == 200);
     ensure!(daemon.job_ended(&id, JOB)?["status"] == "cancelled");
@@ -114,7 +114,7 @@ fn a_killed_job_resumes_and_completes(world: &World) -> Result<()> {
 }
 
 fn a_killed_job_on_a_reused_volume_resumes(world: &World) -> Result<()> {
-    world.make_volume("web", "--size 128M")?;
+    world.make_volume("web", "--size 96M")?;
     let uuid = world.fact("web", "lv_uuid")?;
     let (daemon, id) = populating(world, "again")?;
     daemon.process.kill_9()?;
@@ -126,7 +126,7 @@ fn a_killed_job_on_a_reused_volume_resumes(world: &World) -> Result<()> {
 fn a_killed_download_resumes_and_completes(world: &World) -> Result<()> {
     let published = world.publish(&world.large)?;
     let daemon = world.serve("broken")?;
-    let id = daemon.provision(&published.onto("web", "128M"))?;
+    let id = daemon.provision(&published.onto("web", "96M"))?;
     downloading(&daemon, &id)?;
     daemon.process.kill_9()?;
     expect_resumed(world, &daemon, &id)?;

@@ -23,7 +23,7 @@ fn two_jobs_run_and_a_third_waits(world: &World) -> Result<()> {
     let volumes = ["web-1", "web-2", "web-3"];
     let mut ids = Vec::new();
     for volume in volumes {
-        ids.push(daemon.provision(&published.onto(volume, "128M"))?);
+        ids.push(daemon.provision(&published.onto(volume, "96M"))?);
     }
     daemon.populating(&ids[0])?;
     daemon.populating(&ids[1])?;
@@ -50,8 +50,8 @@ fn jobs_on_one_volume_run_one_after_the_other(world: &World) -> Result<()> {
     let (large, small) = (world.publish(&world.large)?, world.publish(&world.small)?);
     let daemon = world.serve("one")?;
     world.throttle(SLOW)?;
-    let first = daemon.provision(&large.onto("web", "128M"))?;
-    let second = daemon.provision(&small.onto("web", "128M"))?;
+    let first = daemon.provision(&large.onto("web", "96M"))?;
+    let second = daemon.provision(&small.onto("web", "96M"))?;
     daemon.populating(&first)?;
     let waiting = daemon.job(&second)?;
     ensure!(waiting["status"] == "pending", "{waiting:#}");

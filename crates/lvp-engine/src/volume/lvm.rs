@@ -22,6 +22,7 @@ use crate::{
 
 /// A command of LVM may wait for another one's lock and for udev.
 const LIMIT: Duration = Duration::from_secs(120);
+const SECTOR: u64 = 512;
 const TAG: &str = "lvp";
 const JOB_TAG: &str = "lvp.job=";
 const IMAGE_TAG: &str = "lvp.image=";
@@ -195,7 +196,9 @@ impl VolumeBackend for Lvm {
         if self.find(new.name)?.is_some() {
             return Err(Error::new(ErrorCode::FileInTheWay, format!("volume {} exists in {}", new.name, self.label())));
         }
-        let (size, job) = (format!("{}b", new.size), format!("{JOB_TAG}{}", new.job));
+        // LVM rounds up to extents, but takes whole sectors only.
+        let size = format!("{}b", new.size.next_multiple_of(SECTOR));
+        let job = format!("{JOB_TAG}{}", new.job);
         let mut arguments = vec!["-y", "-n", new.name.as_str(), "--addtag", TAG, "--addtag", &job];
         match &self.pool {
             // -W and -Z: signatures and the first bytes of what was there before never show through.
