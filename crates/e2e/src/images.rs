@@ -113,7 +113,10 @@ pub fn qcow2_of_sevens(folder: &Path, mib: u64) -> Result<PathBuf> {
     let place = tempfile::tempdir_in(folder)?;
     let (plain, packed) = (place.path().join("plain"), place.path().join("packed"));
     qcow2_empty(&plain, mib << 20, &Qcow2Options::default())?;
-    qemu_io(&plain, &[&format!("write -q -P 7 0 {mib}M")])?;
+    // qemu-io takes less than 2 GiB at once.
+    let pieces: Vec<String> =
+        (0..mib).step_by(1024).map(|at| format!("write -q -P 7 {at}M {}M", (mib - at).min(1024))).collect();
+    qemu_io(&plain, &pieces.iter().map(String::as_str).collect::<Vec<_>>())?;
     let arguments = ["convert", "-c", "-f", "qcow2", "-O", "qcow2"].map(OsStr::new);
     run("qemu-img", &[&arguments[..], &[plain.as_os_str(), packed.as_os_str()]].concat())?;
     fs::rename(packed, &kept)?;

@@ -83,7 +83,7 @@ fn blocks(path: &Path) -> u64 {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cancelled_job_never_becomes_completed_and_its_writer_stops() {
-    const SIZE: u64 = 1024 * MIB;
+    const SIZE: u64 = 2048 * MIB;
     let bed = Bed::new().await;
     let heavy = images::qcow2_of_sevens(Path::new(env!("CARGO_TARGET_TMPDIR")), SIZE / MIB).unwrap();
     bed.store.put_file("images", "heavy.qcow2", &heavy).unwrap();

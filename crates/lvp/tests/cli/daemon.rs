@@ -4,10 +4,15 @@ use std::{
     fs,
     io::{BufRead, BufReader},
     os::unix::fs::PermissionsExt,
+    path::Path,
     process::Stdio,
     time::Duration,
 };
 
+use e2e::{
+    images,
+    server::{Page, Server},
+};
 use serde_json::Value;
 
 use crate::bed::{Bed, MIB, Process, until};
@@ -64,7 +69,7 @@ fn commands_use_the_daemon_of_this_machine_through_its_socket() {
 fn jobs_are_counted_by_their_end() {
     let bed = Bed::new();
     bed.publish("good.qcow2");
-    bed.publish_heavy(512);
+    bed.publish_heavy(2048);
     let _daemon = bed.serve();
     for status in ["started", "completed", "failed", "cancelled"] {
         assert_eq!(jobs(&bed, status), 0, "{status}");
@@ -73,7 +78,7 @@ fn jobs_are_counted_by_their_end() {
         bed.lvp(&["provision", "s3://images/good.qcow2", volume, "--size", "8M"]).exits(0);
     }
     bed.lvp(&["provision", "s3://images/missing.qcow2", "web-3", "--size", "8M"]).exits(6);
-    let words = ["provision", "s3://images/heavy.qcow2", "web-4", "--size", "512M", "--detach"];
+    let words = ["provision", "s3://images/heavy.qcow2", "web-4", "--size", "2G", "--detach"];
     let id = bed.lvp(&words).exits(0).stdout.trim().to_owned();
     until(|| bed.get(&format!("/api/v1/jobs/{id}")).contains("\"populating\""));
     assert_eq!(counted(&bed, "libvirt_volume_provisioner_active_jobs"), 1);
@@ -103,19 +108,23 @@ fn a_second_daemon_on_the_same_state_is_refused_with_the_first_ones_pid() {
 #[test]
 fn a_stopped_daemon_leaves_a_running_job_to_the_next() {
     let bed = Bed::new();
-    bed.publish_heavy(512);
+    let image = images::qcow2_of_sevens(Path::new(env!("CARGO_TARGET_TMPDIR")), 64).unwrap();
+    let page = || Page::new(fs::read(&image).unwrap()).etag(Some("\"1\""));
+    let web = Server::start();
+    web.serve("/slow.qcow2", page().pace(512, Duration::from_millis(50)));
     let mut daemon = bed.serve();
-    let words = ["provision", "s3://images/heavy.qcow2", "web-1", "--size", "512M", "--detach"];
-    let id = bed.lvp(&words).exits(0).stdout.trim().to_owned();
-    until(|| bed.get(&format!("/api/v1/jobs/{id}")).contains("\"populating\""));
+    let url = web.url("/slow.qcow2");
+    let id = bed.lvp(&["provision", &url, "web-1", "--size", "64M", "--detach"]).exits(0).stdout.trim().to_owned();
+    until(|| bed.get(&format!("/api/v1/jobs/{id}")).contains("\"downloading\"") && web.count("GET", "/slow.qcow2") > 0);
     daemon.signal("TERM");
     assert!(daemon.ends_within(SOON).success());
     // One who only looks finds it as it was left.
     assert_eq!(bed.lvp(&["job", "show", &id, "-o", "json"]).exits(0).json()["status"], "pending");
+    web.serve("/slow.qcow2", page());
     let _daemon = bed.serve();
     assert_eq!(bed.lvp(&["job", "watch", &id, "-o", "json"]).exits(0).json()["status"], "completed");
     let content = fs::read(bed.volume("web-1")).unwrap();
-    assert!(content.len() as u64 == 512 * MIB && content.iter().all(|byte| *byte == 7));
+    assert!(content.len() as u64 == 64 * MIB && content.iter().all(|byte| *byte == 7));
 }
 
 #[test]
@@ -154,9 +163,9 @@ fn a_socket_that_a_killed_daemon_left_is_no_obstacle() {
 #[test]
 fn interrupting_a_watcher_leaves_the_job_and_interrupting_the_submitter_cancels_it() {
     let bed = Bed::new();
-    bed.publish_heavy(1024);
+    bed.publish_heavy(2048);
     let _daemon = bed.serve();
-    let words = ["provision", "s3://images/heavy.qcow2", "web-1", "--size", "1G"];
+    let words = ["provision", "s3://images/heavy.qcow2", "web-1", "--size", "2G"];
     let mut submitter = Process(bed.command(&words).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
     until(|| bed.get("/api/v1/jobs").contains("\"populating\""));
     let jobs = bed.lvp(&["job", "list", "-o", "json"]).exits(0).json();

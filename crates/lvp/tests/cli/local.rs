@@ -107,8 +107,8 @@ fn a_job_without_a_daemon_is_not_detached() {
 #[test]
 fn interrupting_a_provision_takes_back_what_it_did() {
     let bed = Bed::new();
-    bed.publish_heavy(1024);
-    let words = ["provision", "s3://images/heavy.qcow2", "web-1", "--size", "1G"];
+    bed.publish_heavy(2048);
+    let words = ["provision", "s3://images/heavy.qcow2", "web-1", "--size", "2G"];
     let mut process = Process(bed.command(&words).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
     let mut stderr = BufReader::new(process.0.stderr.take().unwrap());
     let mut line = String::new();
