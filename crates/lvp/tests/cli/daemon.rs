@@ -27,6 +27,12 @@ fn counted(bed: &Bed, series: &str) -> u64 {
     line.trim().parse().unwrap()
 }
 
+/// 64 MiB of the byte 7 as a small image, to be served as slowly as a test wants.
+fn page() -> Page {
+    let image = images::qcow2_of_sevens(Path::new(env!("CARGO_TARGET_TMPDIR")), 64).unwrap();
+    Page::new(fs::read(image).unwrap()).etag(Some("\"1\""))
+}
+
 fn jobs(bed: &Bed, status: &str) -> u64 {
     counted(bed, &format!("libvirt_volume_provisioner_jobs_total{{status=\"{status}\"}}"))
 }
@@ -108,8 +114,6 @@ fn a_second_daemon_on_the_same_state_is_refused_with_the_first_ones_pid() {
 #[test]
 fn a_stopped_daemon_leaves_a_running_job_to_the_next() {
     let bed = Bed::new();
-    let image = images::qcow2_of_sevens(Path::new(env!("CARGO_TARGET_TMPDIR")), 64).unwrap();
-    let page = || Page::new(fs::read(&image).unwrap()).etag(Some("\"1\""));
     let web = Server::start();
     web.serve("/slow.qcow2", page().pace(512, Duration::from_millis(50)));
     let mut daemon = bed.serve();
@@ -163,11 +167,13 @@ fn a_socket_that_a_killed_daemon_left_is_no_obstacle() {
 #[test]
 fn interrupting_a_watcher_leaves_the_job_and_interrupting_the_submitter_cancels_it() {
     let bed = Bed::new();
-    bed.publish_heavy(2048);
+    let web = Server::start();
+    web.serve("/slow.qcow2", page().pace(512, Duration::from_millis(50)));
     let _daemon = bed.serve();
-    let words = ["provision", "s3://images/heavy.qcow2", "web-1", "--size", "2G"];
+    let url = web.url("/slow.qcow2");
+    let words = ["provision", &url, "web-1", "--size", "64M"];
     let mut submitter = Process(bed.command(&words).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
-    until(|| bed.get("/api/v1/jobs").contains("\"populating\""));
+    until(|| bed.get("/api/v1/jobs").contains("\"downloading\""));
     let jobs = bed.lvp(&["job", "list", "-o", "json"]).exits(0).json();
     let id = jobs["jobs"][0]["job_id"].as_str().unwrap().to_owned();
     let mut watcher =
