@@ -11,7 +11,7 @@ use crate::{
     health::check,
     host::libvirt::Libvirt,
     image::probe_store,
-    settings::{EngineSettings, LibvirtSetting},
+    settings::{EngineSettings, LIBVIRT_URI, LibvirtSetting, POOL},
     task::blocking,
     volume::{Target, Targets},
 };
@@ -21,11 +21,9 @@ pub async fn examine(settings: &EngineSettings, socket: &Path) -> Vec<Check> {
     let mut checks = vec![user(settings)];
     checks.extend(tools(settings));
     checks.push(directory("state", &settings.state_directory, "LVP_STATE_DIR"));
-    checks.push(match &settings.cache_directory {
-        Some(path) => directory("cache", path, "LVP_CACHE_DIR"),
-        None => seen("cache", HealthStatus::Healthy, "in libvirt's pool 'images', or below the state directory", None),
-    });
-    checks.push(libvirt(settings).await);
+    let libvirt = libvirt(settings).await;
+    checks.push(cache(settings, libvirt.status == HealthStatus::Healthy).await);
+    checks.push(libvirt);
     let targets = Targets::new(settings.targets.clone(), settings.lock_retry.clone());
     match targets.all() {
         Ok(all) => {
@@ -96,6 +94,37 @@ fn directory(name: &str, path: &Path, variable: &str) -> Check {
         return seen(name, HealthStatus::Degraded, format!("{}: {} free", path.display(), ByteSize(free)), Some(&hint));
     }
     seen(name, HealthStatus::Healthy, format!("{}: writable, {} free", path.display(), ByteSize(free)), None)
+}
+
+/// Where images will be cached: as configured, or in libvirt's pool where there is a libvirt.
+async fn cache(settings: &EngineSettings, libvirt_answers: bool) -> Check {
+    if let Some(path) = &settings.cache_directory {
+        return directory("cache", path, "LVP_CACHE_DIR");
+    }
+    let below_state = settings.state_directory.join("images");
+    if !libvirt_answers || settings.libvirt == LibvirtSetting::Off {
+        return directory("cache", &below_state, "LVP_CACHE_DIR");
+    }
+    let uri = libvirt_uri(&settings.libvirt);
+    match blocking(move || Libvirt::new(uri).pool(POOL)).await {
+        Ok(Some((path, true))) => directory("cache", &path, "LVP_CACHE_DIR"),
+        Ok(Some((path, false))) => {
+            let message = format!("libvirt's pool '{POOL}' at {} is not started; lvp will start it", path.display());
+            seen("cache", HealthStatus::Healthy, message, None)
+        }
+        Ok(None) => {
+            seen("cache", HealthStatus::Healthy, format!("libvirt has no pool '{POOL}' yet; lvp will make it"), None)
+        }
+        // What has no pools, as a session without storage, has no place for one.
+        Err(_) => directory("cache", &below_state, "LVP_CACHE_DIR"),
+    }
+}
+
+fn libvirt_uri(setting: &LibvirtSetting) -> String {
+    match setting {
+        LibvirtSetting::Uri(uri) => uri.clone(),
+        _ => LIBVIRT_URI.to_owned(),
+    }
 }
 
 async fn libvirt(settings: &EngineSettings) -> Check {

@@ -13,7 +13,7 @@ use lvp_api::{
     ErrorCode, Health, Image, ImageVerification, Job, JobId, JobKind, JobList, JobStatus, Plan, PrefetchRequest,
     ProvisionRequest, Submitted, Volume, VolumeName,
 };
-use tokio::time;
+use tokio::{sync::Mutex, time};
 
 use crate::{
     error::{Error, Result},
@@ -24,18 +24,15 @@ use crate::{
     },
     image::{ImageSettings, Images},
     job::{Execution, Filter, NewJob, Runner, Store},
-    progress::Progress,
+    progress::{Progress, Stop},
     provision::{self, Context, Order, Services},
-    settings::{Caller, EngineSettings, LibvirtSetting},
+    settings::{Caller, EngineSettings, LIBVIRT_URI, LibvirtSetting, POOL},
     task::blocking,
     volume::{Target, Targets},
 };
 
-/// libvirt's pool that holds the cache, as the seed named it.
-const POOL: &str = "images";
 /// Where libvirt keeps images unless told otherwise.
 const POOL_DIRECTORY: &str = "/var/lib/libvirt/images";
-const LIBVIRT_URI: &str = "qemu:///system";
 /// Sockets of the monolithic daemon and of the modular one.
 const LIBVIRT_SOCKETS: [&str; 2] = ["/var/run/libvirt/libvirt-sock", "/var/run/libvirt/virtqemud-sock"];
 /// A watched job's progress is looked at this often.
@@ -53,6 +50,8 @@ struct Inner {
     services: Arc<Services>,
     runner: Runner<Context>,
     store: Store,
+    /// Held by who reads a whole image for a caller.
+    verifying: Mutex<()>,
     /// libvirt was asked for, or a target needs it: without it the daemon is not ready.
     libvirt_required: bool,
     _lock: Lock,
@@ -95,7 +94,16 @@ impl Engine {
         };
         let runner = Runner::new(store.clone(), execution, settings.max_concurrent_jobs, settings.job_history);
         runner.begin(settings.recovery).await?;
-        Ok(Self { inner: Arc::new(Inner { services, runner, store, libvirt_required, _lock: lock }) })
+        Ok(Self {
+            inner: Arc::new(Inner {
+                services,
+                runner,
+                store,
+                verifying: Mutex::new(()),
+                libvirt_required,
+                _lock: lock,
+            }),
+        })
     }
 
     /// Has a volume provisioned. The same idempotency key and request give the same job.
@@ -197,10 +205,13 @@ impl Engine {
         self.inner.services.images.show(name).await
     }
 
-    /// Checks a cached image against its digest.
+    /// Checks a cached image against its digest; one at a time, and no longer than somebody waits for it.
     pub async fn verify_image(&self, name: &str) -> Result<ImageVerification> {
+        let _turn = self.inner.verifying.lock().await;
+        let progress = Progress::default();
+        let _ends_with_the_caller = StopOnDrop(progress.clone());
         let images = &self.inner.services.images;
-        images.verify(&images.find(name).await?, &Progress::default()).await
+        images.verify(&images.find(name).await?, &progress).await
     }
 
     /// Pins or unpins a cached image.
@@ -280,6 +291,15 @@ impl Engine {
     /// Stops: no new jobs; running ones stop where they are, as recorded.
     pub async fn shutdown(&self) {
         self.inner.runner.shutdown(SHUTDOWN_PATIENCE).await;
+    }
+}
+
+/// Stops work whose caller has gone.
+struct StopOnDrop(Progress);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.stop(Stop::Cancel);
     }
 }
 

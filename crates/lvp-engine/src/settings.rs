@@ -11,6 +11,11 @@ pub use crate::{
     volume::LockRetry,
 };
 
+/// libvirt's pool that holds the cache, as the seed named it.
+pub const POOL: &str = "images";
+/// libvirt, where nobody says another one.
+pub const LIBVIRT_URI: &str = "qemu:///system";
+
 /// Who asks. It decides whether a request may name files and places of this machine freely.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Caller {

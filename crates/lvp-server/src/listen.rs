@@ -14,7 +14,7 @@ use std::{
 use axum::{
     Router,
     extract::Request,
-    http::header::HOST,
+    http::header::{HOST, ORIGIN},
     response::{IntoResponse, Response},
 };
 use hyper::body::Incoming;
@@ -201,29 +201,44 @@ fn connect(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, router:
     });
 }
 
-/// Refuses requests over TCP that a web page could send here under a name of its own (DNS rebinding): the `Host` that a
-/// browser sends is then not this machine's.
+/// Refuses requests over TCP that a web page could make a browser send here: under a name of its own (DNS rebinding: the
+/// `Host` is then not this machine's), or from its own place (the `Origin` is then not this machine's).
 pub(crate) async fn local_host_only(request: Request) -> Result<Request, Response> {
     if request.extensions().get::<Caller>() == Some(&Caller::Administrator) {
         return Ok(request);
     }
-    let host = request
-        .headers()
-        .get(HOST)
-        .and_then(|value| value.to_str().ok())
-        .or(request.uri().authority().map(|a| a.as_str()));
-    let Some(host) = host else { return Ok(request) };
-    let name = host
-        .rsplit_once(':')
-        .filter(|(_, port)| port.bytes().all(|byte| byte.is_ascii_digit()))
-        .map_or(host, |(name, _)| name);
-    let bare = name.trim_start_matches('[').trim_end_matches(']');
-    if name.eq_ignore_ascii_case("localhost") || bare.parse::<IpAddr>().is_ok_and(|address| address.is_loopback()) {
-        return Ok(request);
+    let header = |name| request.headers().get(name).and_then(|value| value.to_str().ok());
+    let host = header(HOST).or(request.uri().authority().map(|authority| authority.as_str()));
+    let origin = header(ORIGIN).map(|origin| origin.split_once("://").map_or(origin, |(_, host)| host));
+    let stranger = [host, origin].into_iter().flatten().find(|host| !is_this_machine(host)).map(str::to_owned);
+    match stranger {
+        None => Ok(request),
+        Some(host) => {
+            let said = format!("this daemon serves localhost only, not '{}'", host.escape_debug());
+            Err(Failure::new(ErrorCode::NotPermitted, said).into_response())
+        }
     }
-    let refusal = Failure::new(
-        ErrorCode::NotPermitted,
-        format!("this daemon serves localhost only, not '{}'", host.escape_debug()),
-    );
-    Err(refusal.into_response())
+}
+
+/// Whether a host, maybe with a port, is loopback.
+fn is_this_machine(host: &str) -> bool {
+    let port = host.rsplit_once(':').filter(|(_, port)| port.bytes().all(|byte| byte.is_ascii_digit()));
+    let name = port.map_or(host, |(name, _)| name);
+    let bare = name.trim_start_matches('[').trim_end_matches(']');
+    name.eq_ignore_ascii_case("localhost") || bare.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_loopback_is_this_machine() {
+        for host in ["localhost", "localhost:8080", "127.0.0.1:1", "[::1]", "[::1]:80", "127.9.9.9"] {
+            assert!(is_this_machine(host), "{host}");
+        }
+        for host in ["example.com", "localhost.example.com:80", "10.0.0.1", "null", "", "[fe80::1]:80"] {
+            assert!(!is_this_machine(host), "{host}");
+        }
+    }
 }

@@ -44,9 +44,12 @@ impl Connection {
         if let Some(url) = global.server.as_ref().filter(|_| !global.local) {
             return Ok(Self { client: Client::at(url)?, local: None });
         }
-        if !global.local
-            && let Some(socket) = daemon_socket(config).await.map_err(body)?
-        {
+        if let Some(socket) = daemon_socket(config).await.map_err(body)? {
+            if global.local {
+                let said = format!("a daemon runs on this machine and answers at {}", socket.display());
+                let error = Error::new(ErrorCode::StateLocked, said).retry(false);
+                return Err(body(error.hint("leave out --local: the command then has the daemon do it")));
+            }
             return Ok(Self { client: Client::at_socket(&socket)?, local: None });
         }
         let local = LocalEngine::start_in_turn(config, recovery).await.map_err(body)?;

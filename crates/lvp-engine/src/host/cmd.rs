@@ -3,7 +3,7 @@
 //! It leaves out what the output means: callers parse it.
 
 use std::{
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     io::Read,
     process::{Command, Stdio},
     thread,
@@ -38,6 +38,10 @@ pub struct Finished {
 pub fn run(program: &str, arguments: &[impl AsRef<OsStr>], limit: Duration) -> Result<Finished> {
     let mut child = Command::new(program)
         .args(arguments)
+        // Ours holds keys of the object store. What LVM's own variables say stays.
+        .env_clear()
+        .envs(std::env::vars_os().filter(|(name, _)| is_passed_on(name)))
+        .env("PATH", path())
         .env("LC_ALL", "C")
         // The daemon's sockets and locks are close-on-exec; LVM still looks at every descriptor.
         .env("LVM_SUPPRESS_FD_WARNINGS", "1")
@@ -77,6 +81,19 @@ pub fn failed(program: &str, arguments: &[impl AsRef<OsStr>], finished: &Finishe
         if finished.stderr.is_empty() { "it said nothing".to_owned() } else { finished.stderr.replace('\n', "; ") };
     Error::new(ErrorCode::CommandFailed, format!("{program} failed with exit code {}: {said}", finished.code))
         .detail("command", line(program, arguments))
+}
+
+/// The variables that LVM and device-mapper read (lvm(8), "ENVIRONMENT VARIABLES"); ours have other names.
+fn is_passed_on(name: &OsStr) -> bool {
+    let name = name.to_string_lossy();
+    name == "HOME" || name == "TMPDIR" || name.starts_with("DM_") || name == "LVM_SYSTEM_DIR" || name == "LVM_BINARY"
+}
+
+/// Where programs are: the user's places, and those of the administrator's programs.
+fn path() -> OsString {
+    let mut path = std::env::var_os("PATH").unwrap_or_default();
+    path.push(":/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin");
+    path
 }
 
 fn not_started(program: &str, error: std::io::Error) -> Error {
@@ -140,6 +157,14 @@ mod tests {
         let error = run("sleep", &["60"], Duration::from_millis(100)).unwrap_err();
         assert_eq!(error.code(), ErrorCode::CommandFailed);
         assert!(begun.elapsed() < Duration::from_secs(10));
+    }
+
+    #[test]
+    fn a_program_learns_nothing_from_our_environment() {
+        let finished = run("env", &[] as &[&str], LIMIT).unwrap();
+        let names: Vec<&str> =
+            finished.stdout.lines().filter_map(|line| line.split_once('=')).map(|(name, _)| name).collect();
+        assert!(names.contains(&"LC_ALL") && !names.iter().any(|name| name.starts_with("CARGO")), "{names:?}");
     }
 
     #[test]

@@ -46,6 +46,16 @@ impl Libvirt {
         Ok(format!("{}.{}.{}", number / 1_000_000, number / 1000 % 1000, number % 1000))
     }
 
+    /// The storage pool of this name: its directory, and whether it is started. Blocks.
+    pub fn pool(&self, name: &str) -> Result<Option<(PathBuf, bool)>> {
+        let name = name.to_owned();
+        self.call("looking at the storage pool", move |connection| {
+            let Ok(pool) = connection.lookup_storage_pool_by_name(&name) else { return Ok(None) };
+            let path = target_path(&pool.xml_desc(0)?).unwrap_or_default();
+            Ok(Some((PathBuf::from(path), pool.is_active()?)))
+        })
+    }
+
     /// The disks of all active domains. Blocks.
     pub fn active_disks(&self) -> Result<Vec<AttachedDisk>> {
         self.call("listing the disks of active domains", |connection| {
@@ -232,6 +242,8 @@ mod tests {
         let pool = libvirt.ensure_pool("default-pool", Path::new("/elsewhere")).unwrap();
         assert_eq!((pool.name.as_str(), pool.path.as_path()), ("default-pool", Path::new("/default-pool")));
         pool.refresh().unwrap();
+        assert_eq!(libvirt.pool("default-pool").unwrap(), Some((PathBuf::from("/default-pool"), true)));
+        assert_eq!(libvirt.pool("absent").unwrap(), None);
         let made = libvirt.ensure_pool("images", Path::new("/srv/a & b")).unwrap();
         assert_eq!(made.path, Path::new("/srv/a & b"));
     }

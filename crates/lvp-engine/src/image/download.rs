@@ -8,8 +8,9 @@
 //! It leaves out what becomes of the file: see `images`.
 
 use std::{
-    fs::File,
+    fs::{File, OpenOptions},
     io::{self, Seek, Write},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -153,7 +154,9 @@ impl Download<'_> {
 }
 
 fn create(path: PathBuf) -> Result<(Partial, File)> {
-    let file = File::create(&path).map_err(|error| Error::io("creating", &path, error))?;
+    // Fetched with the operator's keys, so for nobody else to read; libvirt gives it to the domain that it is attached to.
+    let created = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path);
+    let file = created.map_err(|error| Error::io("creating", &path, error))?;
     Ok((Partial(path), file))
 }
 

@@ -286,7 +286,11 @@ impl<C: Send + 'static> Inner<C> {
             Err(error) => return self.end(id, &progress, Err(error), stored.record).await.map(Some),
         };
         let steps = (self.execution.steps)(stored.kind);
-        let (result, reached) = if stored.attempts > MOST_ATTEMPTS {
+        let (result, reached) = if self.store.is_undone(id).await? {
+            let error =
+                Error::new(ErrorCode::Interrupted, "the job had failed and was undone, but its end was not recorded");
+            (Err(error.hint("see the log of that time for why; then submit the job again")), 0)
+        } else if stored.attempts > MOST_ATTEMPTS {
             let error = Error::new(ErrorCode::Interrupted, format!("the job was interrupted {MOST_ATTEMPTS} times"))
                 .hint("see the daemon's log for what ended it; then submit the job again");
             (Err(error), self.store.steps_started(id).await?)
@@ -296,7 +300,7 @@ impl<C: Send + 'static> Inner<C> {
         let result = match result {
             Err(error) if error.code() == ErrorCode::ShuttingDown => {
                 tracing::info!(job_id = %id, "job is interrupted and will be resumed");
-                self.store.requeue(id).await?;
+                self.store.requeue_stopped(id).await?;
                 return Ok(None);
             }
             Err(error) => {
@@ -313,9 +317,15 @@ impl<C: Send + 'static> Inner<C> {
     /// Does the steps in order; gives how many were started.
     async fn forward(&self, id: JobId, context: &mut C, steps: &[Step<C>], progress: &Progress) -> (Result<()>, usize) {
         for (position, step) in steps.iter().enumerate() {
-            let result = async {
+            let record = (self.execution.record)(context);
+            let begun = async {
                 progress.check()?;
-                self.store.step(id, position, step.name, "started", (self.execution.record)(context)).await?;
+                self.store.step(id, position, step.name, "started", record).await
+            };
+            if let Err(error) = begun.await {
+                return (Err(error), position);
+            }
+            let result = async {
                 tracing::debug!(job_id = %id, step = step.name, "step begins");
                 act(step.ensure, context, step.name).await?;
                 self.store.step(id, position, step.name, "done", (self.execution.record)(context)).await
@@ -368,9 +378,33 @@ impl<C: Send + 'static> Inner<C> {
             snapshot.bytes_processed = snapshot.bytes_total;
         }
         (snapshot.bytes_per_second, snapshot.seconds_left) = (None, None);
-        self.store.finish(id, status, snapshot, error.map(|error| error.to_body()), record).await?;
+        let error = error.map(|error| error.to_body());
+        self.finish(id, status, snapshot, error, record).await?;
         self.store.prune(self.keep).await?;
         Ok(status)
+    }
+
+    /// Records the end, however long the database takes to be usable again; meanwhile the job keeps its volume. Only a
+    /// stop of the daemon ends the trying: then the next start finds the job by its steps.
+    async fn finish(
+        &self,
+        id: JobId,
+        status: JobStatus,
+        snapshot: lvp_api::Progress,
+        error: Option<lvp_api::ErrorBody>,
+        record: Value,
+    ) -> Result<()> {
+        let mut wait = Duration::from_millis(250);
+        loop {
+            match self.store.finish(id, status, snapshot.clone(), error.clone(), record.clone()).await {
+                Err(failure) if !self.stopping.load(Ordering::Relaxed) => {
+                    tracing::error!(job_id = %id, error = %failure.chain(), "the job's end cannot be recorded yet");
+                    tokio::time::sleep(wait).await;
+                    wait = (wait * 2).min(Duration::from_secs(10));
+                }
+                recorded => return recorded,
+            }
+        }
     }
 
     /// Ends a job that an earlier process left: what never began is cancelled, what began is taken back.

@@ -211,6 +211,32 @@ impl Store {
         .await
     }
 
+    /// As [`Store::requeue`], for a job that was told to stop: that is no fault of its own and does not count.
+    pub async fn requeue_stopped(&self, id: JobId) -> Result<()> {
+        self.transact(move |t| {
+            t.execute(
+                "UPDATE jobs SET status = 'pending', attempts = max(attempts - 1, 0), updated_at = ?2
+                 WHERE id = ?1 AND status = 'running'",
+                params![id.to_string(), now()],
+            )
+            .map(drop)
+        })
+        .await
+    }
+
+    /// Whether the job has steps, and all of them were undone.
+    pub async fn is_undone(&self, id: JobId) -> Result<bool> {
+        self.transact(move |t| {
+            t.query_row(
+                "SELECT count(*) > 0 AND count(*) = sum(state = 'undone') FROM steps WHERE job_id = ?1",
+                [id.to_string()],
+                |row| row.get::<_, Option<bool>>(0),
+            )
+        })
+        .await
+        .map(Option::unwrap_or_default)
+    }
+
     /// Keeps the state of a step together with the job's record: before it acts, after, and when it is undone.
     pub async fn step(
         &self,
@@ -253,8 +279,8 @@ impl Store {
         self.transact(move |t| {
             t.execute(
                 "UPDATE jobs SET cancel_requested = 1, updated_at = ?2,
-                        status = CASE WHEN status = 'pending' AND attempts = 0 THEN 'cancelled' ELSE status END,
-                        finished_at = CASE WHEN status = 'pending' AND attempts = 0 THEN ?2 ELSE finished_at END
+                        status = CASE WHEN status = 'pending' AND started_at IS NULL THEN 'cancelled' ELSE status END,
+                        finished_at = CASE WHEN status = 'pending' AND started_at IS NULL THEN ?2 ELSE finished_at END
                  WHERE id = ?1 AND status IN ('pending', 'running')",
                 params![id.to_string(), now()],
             )?;

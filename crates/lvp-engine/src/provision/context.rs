@@ -39,8 +39,20 @@ pub struct Record {
     pub claim: Option<Claim>,
     /// The volume's device or file.
     pub device_path: Option<String>,
+    /// Whether the volume that was there before may be partly overwritten.
+    pub overwriting: bool,
     /// What the populate did.
     pub populated: Option<Populated>,
+    /// Whether the volume holds the image, to the last byte: then nothing more is done to it.
+    pub finished: bool,
+}
+
+impl Record {
+    /// Whether an attempt of this job wrote what is on the volume now, to the last byte.
+    fn is_on(&self, volume: &Volume) -> bool {
+        self.finished
+            || (self.populated.is_some() && self.image_digest.is_some() && volume.tags.image == self.image_digest)
+    }
 }
 
 /// What a job may do with its volume.
@@ -107,9 +119,6 @@ impl Context {
     /// The gate's first half: the header, before a byte is fetched or reserved.
     pub(super) async fn ensure_image_checked(&mut self) -> Result<()> {
         let header = plan::inspect(self.resolved()?, &self.order, &self.progress).await?;
-        if let (Some(header), Some(volume)) = (&header, &self.order.volume) {
-            plan::fits(header.virtual_size, volume)?;
-        }
         self.virtual_size = header.map(|header| header.virtual_size);
         Ok(())
     }
@@ -119,27 +128,36 @@ impl Context {
         let (backend, wanted) = self.backend()?;
         let job = self.id;
         let libvirt = self.services.libvirt.clone();
-        let made_before = self.record.claim == Some(Claim::Make);
         let virtual_size = self.virtual_size;
+        let before = self.record.clone();
         let claim = blocking(move || match backend.find(&wanted.name)? {
-            Some(volume) if made_before && volume.tags.job == Some(job) => Ok(Claim::Make),
+            // An earlier attempt came to the end, and only that was not recorded. Its user may have the volume by now.
+            Some(volume) if before.is_on(&volume) => Ok(None),
+            Some(volume) if before.claim == Some(Claim::Make) && volume.tags.job == Some(job) => Ok(Some(Claim::Make)),
             Some(volume) => {
                 plan::compatible(&volume, &wanted, virtual_size)?;
                 refuse_in_use(&volume, libvirt.as_ref())?;
-                Ok(Claim::Overwrite)
+                Ok(Some(Claim::Overwrite))
             }
             None => {
+                virtual_size.map_or(Ok(()), |size| plan::fits(size, &wanted))?;
                 plan::admit(&*backend, &wanted)?;
-                Ok(Claim::Make)
+                Ok(Some(Claim::Make))
             }
         });
-        self.record.claim = Some(claim.await?);
+        match claim.await? {
+            Some(claim) => self.record.claim = Some(claim),
+            None => self.record.finished = true,
+        }
         Ok(())
     }
 
     /// Fetches the image, or checks the cached one against its digest; and the gate's second half: all its tables.
     /// A cached image that lost its digest is put aside and fetched anew, once.
     pub(super) async fn ensure_image_fetched(&mut self) -> Result<()> {
+        if self.record.finished {
+            return Ok(());
+        }
         let (entry, image) = match self.fetch().await? {
             Some(fetched) => fetched,
             None => {
@@ -187,7 +205,7 @@ impl Context {
     async fn open(&self, path: &Path) -> Result<Arc<Image>> {
         let (path, declared) = (path.to_owned(), self.order.image_type);
         let image = blocking(move || Image::open_file(&path, declared)).await?;
-        if let Some(volume) = &self.order.volume {
+        if let (Some(volume), Some(Claim::Make)) = (&self.order.volume, self.record.claim) {
             plan::fits(image.virtual_size(), volume)?;
         }
         Ok(Arc::new(image))
@@ -195,6 +213,9 @@ impl Context {
 
     /// Makes the volume, or readies the one that was there.
     pub(super) async fn ensure_volume(&mut self) -> Result<()> {
+        if self.record.finished {
+            return Ok(());
+        }
         self.progress.enter(Stage::CreatingVolume, 0);
         let (backend, wanted) = self.backend()?;
         let (job, claim, progress) = (self.id, self.claim()?, self.progress.clone());
@@ -202,8 +223,9 @@ impl Context {
         let (data, virtual_size) = (self.image()?.data_bytes(), self.image()?.virtual_size());
         let target = blocking(move || match claim {
             Claim::Make => {
-                if backend.find(&wanted.name)?.is_some_and(|volume| volume.tags.job == Some(job)) {
+                if let Some(volume) = backend.find(&wanted.name)?.filter(|volume| volume.tags.job == Some(job)) {
                     // From an attempt that was interrupted. What it wrote is not known, so it is made anew.
+                    refuse_in_use(&volume, libvirt.as_ref())?;
                     backend.remove(&wanted.name)?;
                 }
                 progress.check()?;
@@ -220,6 +242,7 @@ impl Context {
         });
         let target = target.await?;
         self.record.device_path = Some(target.path.display().to_string());
+        self.record.overwriting = claim == Claim::Overwrite;
         self.target = Some(target);
         Ok(())
     }
@@ -230,34 +253,50 @@ impl Context {
             return Ok(());
         }
         let (backend, wanted) = self.backend()?;
-        let job = self.id;
+        let (job, libvirt) = (self.id, self.services.libvirt.clone());
         blocking(move || match backend.find(&wanted.name)? {
-            Some(volume) if volume.tags.job == Some(job) => backend.remove(&wanted.name),
-            _ => Ok(()),
+            Some(volume) if volume.tags.job == Some(job) => {
+                refuse_in_use(&volume, libvirt.as_ref())?;
+                backend.remove(&wanted.name)
+            }
+            Some(_) => Ok(()),
+            // What was left of making it.
+            None => backend.remove(&wanted.name),
         })
         .await
     }
 
     /// Writes the image and zeroes everything else.
     pub(super) async fn ensure_volume_populated(&mut self) -> Result<()> {
+        if self.record.finished {
+            return Ok(());
+        }
         let (backend, wanted) = self.backend()?;
         let (image, progress) = (self.image()?, self.progress.clone());
         let target = self.target.clone().ok_or_else(|| Error::internal("there is no target to populate"))?;
         let options = PopulateOptions { workers: self.services.workers };
         progress.enter(Stage::Populating, target.size);
-        let populated = blocking(move || {
-            // From here on the volume holds no image, until the last byte is on the device.
-            backend.set_image(&find_existing(&*backend, &wanted)?, None)?;
-            format::populate(&image, &target, &options, &progress)
-        });
-        self.record.populated = Some(populated.await?);
+        // From here on the volume holds no image, until the last byte is on the device.
+        let untagged = blocking(move || backend.set_image(&find_existing(&*backend, &wanted)?, None)).await;
+        let populated = match untagged {
+            Ok(()) => blocking(move || format::populate(&image, &target, &options, &progress)).await,
+            Err(error) => {
+                self.record.overwriting = false;
+                Err(error)
+            }
+        };
+        // A target that was not opened was not written.
+        if populated.as_ref().is_err_and(|error| error.code() == ErrorCode::VolumeInUse) {
+            self.record.overwriting = false;
+        }
+        self.record.populated = Some(populated?);
         Ok(())
     }
 
     /// A new volume goes with [`Context::undo_volume`]. What was written over cannot be brought back: that is said.
     pub(super) async fn undo_volume_populated(&mut self) -> Result<()> {
-        match (self.record.claim, &self.order.volume) {
-            (Some(Claim::Overwrite), Some(volume)) => Err(Error::new(
+        match (self.record.overwriting, &self.order.volume) {
+            (true, Some(volume)) => Err(Error::new(
                 ErrorCode::Interrupted,
                 format!(
                     "volume {} was there before and is partly overwritten; it was kept. Provision it again before it is used",
@@ -271,6 +310,9 @@ impl Context {
     /// Waits until every byte is on the device, then writes on the volume what it holds.
     pub(super) async fn ensure_volume_finished(&mut self) -> Result<()> {
         self.progress.enter(Stage::Finalizing, 0);
+        if self.record.finished {
+            return Ok(());
+        }
         let (backend, wanted) = self.backend()?;
         let target = self.target.clone().ok_or_else(|| Error::internal("there is no target to sync"))?;
         let digest = self.image.as_ref().map(|(entry, _)| entry.digest());
@@ -280,6 +322,8 @@ impl Context {
             backend.set_image(&find_existing(&*backend, &wanted)?, digest.as_ref())
         })
         .await?;
+        self.record.finished = true;
+        self.record.overwriting = false;
         self.progress.enter(Stage::Finalizing, size);
         self.progress.set_processed(size);
         self.image = None;

@@ -20,7 +20,8 @@ use crate::{
 /// # Errors
 /// `libvirt_unavailable`, because then nobody knows which domains hold it.
 pub fn users(volume: &Volume, libvirt: Option<&Libvirt>) -> Result<Vec<String>> {
-    let mut users = block::users_of(&volume.path)?;
+    // The device of a logical volume that is not active is not there, and nobody uses it.
+    let mut users = if volume.path.exists() { block::users_of(&volume.path)? } else { Vec::new() };
     if let Some(libvirt) = libvirt {
         for disk in libvirt.active_disks()? {
             if is_same_file(&disk.path, &volume.path) {

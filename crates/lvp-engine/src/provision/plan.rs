@@ -160,9 +160,6 @@ pub async fn plan(services: &Arc<Services>, order: &Order) -> Result<Plan> {
     let progress = Progress::default();
     let resolved = resolve(services, order, &progress).await?;
     let header = inspect(&resolved, order, &progress).await?;
-    if let Some(header) = &header {
-        fits(header.virtual_size, &volume)?;
-    }
     let backend = services.targets.find(Some(&volume.spec()?.to_string()), true)?.backend;
     let libvirt = services.libvirt.clone();
     let (wanted, image) = (volume.clone(), header.as_ref().map(|header| header.virtual_size));
@@ -176,6 +173,7 @@ pub async fn plan(services: &Arc<Services>, order: &Order) -> Result<Plan> {
                 (VolumeAction::Reuse, existing.size)
             }
             None => {
+                image.map_or(Ok(()), |size| fits(size, &wanted))?;
                 admit(&*backend, &wanted)?;
                 let size = wanted.size.checked_next_multiple_of(backend.capabilities()?.granularity);
                 (VolumeAction::Create, size.unwrap_or(wanted.size))

@@ -1,23 +1,26 @@
 //! Volumes as sparse raw files, `DIR/NAME.raw`: no root, no LVM.
 //!
-//! Tags stand in `DIR/.lvp/NAME.json` together with the file's device and inode, so that a file that somebody put in
-//! place of ours is not taken for ours (a copy has another inode; a renamed file another name).
+//! Tags stand in the extended attribute `user.lvp` of the file, so they go where it goes: a file that somebody puts in
+//! place of ours is not ours, and neither is a copy.
 //!
 //! A new volume appears by a rename that does not replace:
 //! ```text
-//!  .lvp/NAME.new (full size) ─► .lvp/NAME.json (its inode) ─► rename to NAME.raw
+//!  .lvp-NAME.new, full size, with its tags ─► rename to NAME.raw
 //! ```
-//! A crash before the rename leaves no volume; the next creation of that name sweeps the remains.
+//! A crash before the rename leaves no volume; the undo of its job, or the next creation of that name, sweeps the rest.
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{ErrorKind, Write},
+    io::ErrorKind,
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
 use lvp_api::{Digest, ErrorCode, JobId, VolumeName};
-use rustix::fs::{CWD, RenameFlags, renameat_with, statvfs};
+use rustix::{
+    fs::{CWD, OFlags, RenameFlags, XattrFlags, fsetxattr, lgetxattr, renameat_with, statvfs},
+    io::Errno,
+};
 use serde::{Deserialize, Serialize};
 
 use super::{Capabilities, NewVolume, Space, Tags, Volume, VolumeBackend, not_ours};
@@ -35,11 +38,14 @@ pub struct Directory {
     path: PathBuf,
 }
 
+/// The extended attribute that holds a [`Record`] as JSON.
+const ATTRIBUTE: &str = "user.lvp";
+/// Longer than any [`Record`].
+const LONGEST_RECORD: usize = 1024;
+
 /// The tags of one volume, as stored.
 #[derive(Debug, Serialize, Deserialize)]
 struct Record {
-    device: u64,
-    inode: u64,
     /// Absent on a file that lvp only wrote to.
     job: Option<JobId>,
     image: Option<Digest>,
@@ -55,13 +61,9 @@ impl Directory {
         self.path.join(format!("{name}.raw"))
     }
 
-    fn private(&self, name: &VolumeName, ending: &str) -> PathBuf {
-        self.path.join(".lvp").join(format!("{name}.{ending}"))
-    }
-
-    fn ensure_private_folder(&self) -> Result<()> {
-        let private = self.path.join(".lvp");
-        fs::create_dir_all(&private).map_err(|error| Error::io("creating", &private, error))
+    /// Where a volume is made. No volume is called so: it does not end with `.raw`.
+    fn unborn(&self, name: &VolumeName) -> PathBuf {
+        self.path.join(format!(".lvp-{name}.new"))
     }
 
     fn volume(&self, name: VolumeName) -> Result<Option<Volume>> {
@@ -72,32 +74,39 @@ impl Directory {
             Err(error) if error.kind() == ErrorKind::NotADirectory => return Err(self.is_no_directory()),
             Err(error) => return Err(Error::io("looking at", &path, error)),
         };
-        let unsuitable = (!metadata.is_file()).then_some("it is not a regular file");
-        let tags = self.tags(&name, &metadata);
+        let unsuitable = if !metadata.is_file() {
+            Some("it is not a regular file")
+        } else if metadata.nlink() > 1 {
+            Some("it has another name too (a hard link)")
+        } else {
+            None
+        };
+        let tags = if metadata.is_file() { tags(&path)? } else { Tags::default() };
         Ok(Some(Volume { name, path, size: metadata.len(), tags, open: false, unsuitable }))
     }
 
-    /// The tags, if they were written for this very file.
-    fn tags(&self, name: &VolumeName, metadata: &fs::Metadata) -> Tags {
-        let Ok(text) = fs::read(self.private(name, "json")) else { return Tags::default() };
-        match serde_json::from_slice::<Record>(&text) {
-            Ok(record) if record.device == metadata.dev() && record.inode == metadata.ino() => {
-                Tags { made_by_lvp: record.job.is_some(), job: record.job, image: record.image }
+    /// Makes the file, with its size and its tags, under the name of the unborn.
+    fn make(&self, new: &NewVolume<'_>, unborn: &Path) -> Result<()> {
+        let failed = |error| Error::io("creating", unborn, error);
+        let size = new.size.checked_next_multiple_of(GRANULARITY).unwrap_or(u64::MAX);
+        let _ = fs::remove_file(unborn);
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(unborn).map_err(failed)?;
+        file.set_len(size).map_err(failed)?;
+        set_tags(&file, &Record { job: Some(new.job), image: None }).map_err(|error| {
+            if error != Errno::NOTSUP {
+                return failed(error.into());
             }
-            _ => Tags::default(),
-        }
-    }
-
-    fn write_record(&self, name: &VolumeName, record: &Record) -> Result<()> {
-        let path = self.private(name, "json");
-        let temporary = self.private(name, "json.new");
-        let write = || {
-            let mut file = File::create(&temporary)?;
-            file.write_all(&serde_json::to_vec(record)?)?;
-            file.sync_all()?;
-            fs::rename(&temporary, &path)
-        };
-        write().map_err(|error| Error::io("writing", &path, error))
+            Error::new(
+                ErrorCode::TargetUnavailable,
+                format!(
+                    "the file system of {} takes no extended attributes, which tell whose a volume is",
+                    self.path.display()
+                ),
+            )
+            .hint("use a directory on ext4, XFS or Btrfs")
+            .retry(false)
+        })?;
+        file.sync_all().map_err(failed)
     }
 
     fn is_no_directory(&self) -> Error {
@@ -110,6 +119,27 @@ impl Directory {
         let facts = statvfs(path).map_err(|error| Error::io("asking for the space of", path, error.into()))?;
         Ok(Space { total: facts.f_blocks * facts.f_frsize, free: facts.f_bavail * facts.f_frsize })
     }
+}
+
+/// The tags of a file; none on a file without them, or on a file system that has no place for them.
+fn tags(path: &Path) -> Result<Tags> {
+    let mut buffer = [0; LONGEST_RECORD];
+    let length = match lgetxattr(path, ATTRIBUTE, &mut buffer[..]) {
+        Ok(length) => length,
+        Err(Errno::NODATA | Errno::NOTSUP | Errno::RANGE) => return Ok(Tags::default()),
+        Err(error) => return Err(Error::io("reading the tags of", path, error.into())),
+    };
+    let record = serde_json::from_slice::<Record>(&buffer[..length]).ok();
+    Ok(record.map_or_else(Tags::default, |record| Tags {
+        made_by_lvp: record.job.is_some(),
+        job: record.job,
+        image: record.image,
+    }))
+}
+
+fn set_tags(file: &File, record: &Record) -> Result<(), Errno> {
+    let text = serde_json::to_vec(record).expect("a record is JSON");
+    fsetxattr(file, ATTRIBUTE, &text, XattrFlags::empty())
 }
 
 fn in_the_way(path: &Path) -> Error {
@@ -167,25 +197,18 @@ impl VolumeBackend for Directory {
         if path.symlink_metadata().is_ok() {
             return Err(in_the_way(&path));
         }
-        self.ensure_private_folder()?;
-        let temporary = self.private(new.name, "new");
-        let size = new.size.next_multiple_of(GRANULARITY);
-        let make = || {
-            let _ = fs::remove_file(&temporary);
-            let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
-            file.set_len(size)?;
-            file.metadata()
-        };
-        let metadata = make().map_err(|error| Error::io("creating", &temporary, error))?;
-        let record = Record { device: metadata.dev(), inode: metadata.ino(), job: Some(new.job), image: None };
-        self.write_record(new.name, &record)?;
-        renameat_with(CWD, &temporary, CWD, &path, RenameFlags::NOREPLACE).map_err(|error| {
-            let _ = fs::remove_file(&temporary);
-            if error == rustix::io::Errno::EXIST {
-                return in_the_way(&path);
-            }
-            Error::io("creating", &path, error.into())
-        })?;
+        fs::create_dir_all(&self.path).map_err(|error| Error::io("creating", &self.path, error))?;
+        let unborn = self.unborn(new.name);
+        let born = self.make(new, &unborn).and_then(|()| {
+            renameat_with(CWD, &unborn, CWD, &path, RenameFlags::NOREPLACE).map_err(|error| match error {
+                Errno::EXIST => in_the_way(&path),
+                error => Error::io("creating", &path, error.into()),
+            })
+        });
+        if let Err(error) = born {
+            let _ = fs::remove_file(&unborn);
+            return Err(error);
+        }
         let directory = File::open(&self.path).and_then(|directory| directory.sync_all());
         directory.map_err(|error| Error::io("syncing", &self.path, error))?;
         self.find(new.name)?.ok_or_else(|| Error::internal(format!("{} vanished after its creation", path.display())))
@@ -196,13 +219,15 @@ impl VolumeBackend for Directory {
     }
 
     fn set_image(&self, volume: &Volume, image: Option<&Digest>) -> Result<()> {
-        let metadata = fs::metadata(&volume.path).map_err(|error| Error::io("looking at", &volume.path, error))?;
-        self.ensure_private_folder()?;
-        let job = self.tags(&volume.name, &metadata).job;
-        self.write_record(
-            &volume.name,
-            &Record { device: metadata.dev(), inode: metadata.ino(), job, image: image.cloned() },
-        )
+        let failed = |error| Error::io("tagging", &volume.path, error);
+        let flags = OFlags::NOFOLLOW.bits().cast_signed();
+        let file = OpenOptions::new().write(true).custom_flags(flags).open(&volume.path).map_err(failed)?;
+        let record = Record { job: tags(&volume.path)?.job, image: image.cloned() };
+        match set_tags(&file, &record).and_then(|()| rustix::fs::fsync(&file)) {
+            // A file that was there before, where tags have no place, is written without.
+            Err(Errno::NOTSUP) if record.job.is_none() => Ok(()),
+            tagged => tagged.map_err(|error| failed(error.into())),
+        }
     }
 
     fn remove(&self, name: &VolumeName) -> Result<()> {
@@ -212,12 +237,12 @@ impl VolumeBackend for Directory {
             }
             fs::remove_file(&volume.path).map_err(|error| Error::io("removing", &volume.path, error))?;
         }
-        for ending in ["json", "new", "json.new"] {
-            let _ = fs::remove_file(self.private(name, ending));
+        match fs::remove_file(self.unborn(name)) {
+            Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                Err(Error::io("removing", &self.unborn(name), error))
+            }
+            _ => Ok(()),
         }
-        // The directory of tags goes with its last volume; while others are in it, this fails, as it should.
-        let _ = fs::remove_dir(self.path.join(".lvp"));
-        Ok(())
     }
 }
 
@@ -238,19 +263,30 @@ mod tests {
         JobId(uuid::Uuid::now_v7())
     }
 
+    /// A file system gives the number of a removed file to the next one: who made it must not hang on that.
     #[test]
     fn a_file_in_place_of_ours_is_not_ours() {
         let directory = tempfile::tempdir().unwrap();
         let backend = Directory::new(directory.path().to_owned());
         let name: VolumeName = "web-1".parse().unwrap();
-        let volume = backend.create(&NewVolume { name: &name, size: 1 << 20, job: job() }).unwrap();
-        assert!(volume.tags.made_by_lvp);
-        let copy = directory.path().join("copy");
-        fs::copy(&volume.path, &copy).unwrap();
-        fs::rename(&copy, &volume.path).unwrap();
-        assert!(!backend.find(&name).unwrap().unwrap().tags.made_by_lvp);
-        assert_eq!(backend.remove(&name).unwrap_err().code(), ErrorCode::VolumeNotOurs);
-        assert!(volume.path.exists());
+        for _ in 0..20 {
+            let volume = backend.create(&NewVolume { name: &name, size: 1 << 20, job: job() }).unwrap();
+            assert!(volume.tags.made_by_lvp);
+            fs::remove_file(&volume.path).unwrap();
+            fs::write(&volume.path, b"precious").unwrap();
+            assert!(!backend.find(&name).unwrap().unwrap().tags.made_by_lvp);
+            assert_eq!(backend.remove(&name).unwrap_err().code(), ErrorCode::VolumeNotOurs);
+            fs::remove_file(&volume.path).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_file_with_two_names_is_not_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let backend = Directory::new(directory.path().to_owned());
+        fs::write(directory.path().join("a.raw"), b"x").unwrap();
+        fs::hard_link(directory.path().join("a.raw"), directory.path().join("b.raw")).unwrap();
+        assert!(backend.find(&"a".parse().unwrap()).unwrap().unwrap().unsuitable.is_some());
     }
 
     #[test]
@@ -258,8 +294,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let backend = Directory::new(directory.path().to_owned());
         let name: VolumeName = "web-1".parse().unwrap();
-        fs::create_dir_all(directory.path().join(".lvp")).unwrap();
-        fs::write(directory.path().join(".lvp/web-1.new"), b"half").unwrap();
+        fs::write(directory.path().join(".lvp-web-1.new"), b"half").unwrap();
         assert_eq!(backend.find(&name).unwrap(), None);
         assert_eq!(backend.create(&NewVolume { name: &name, size: 5000, job: job() }).unwrap().size, 8192);
     }

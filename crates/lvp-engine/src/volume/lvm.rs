@@ -26,6 +26,7 @@ const SECTOR: u64 = 512;
 const TAG: &str = "lvp";
 const JOB_TAG: &str = "lvp.job=";
 const IMAGE_TAG: &str = "lvp.image=";
+const THIN_POOL: &str = "it is a thin pool";
 
 /// A volume group, and maybe a thin pool in it.
 #[derive(Debug)]
@@ -185,7 +186,7 @@ impl VolumeBackend for Lvm {
     }
 
     fn list(&self) -> Result<Vec<Volume>> {
-        Ok(self.volumes()?.into_iter().filter(|volume| volume.unsuitable.is_none()).collect())
+        Ok(self.volumes()?.into_iter().filter(|volume| volume.unsuitable != Some(THIN_POOL)).collect())
     }
 
     fn find(&self, name: &VolumeName) -> Result<Option<Volume>> {
@@ -236,6 +237,12 @@ impl VolumeBackend for Lvm {
         match self.find(name)? {
             None => Ok(()),
             Some(volume) if !volume.tags.made_by_lvp => Err(not_ours(name, &self.label())),
+            // `lvremove -y` of an origin would take the snapshots with it, whoever made them.
+            Some(Volume { unsuitable: Some(why), .. }) => {
+                Err(Error::new(ErrorCode::VolumeInUse, format!("volume {name} is not removed: {why}"))
+                    .hint("remove what depends on it first")
+                    .detail("volume", name.as_str()))
+            }
             Some(_) => self.run_ok("lvremove", &["-y", &self.full_name(name)]).map(drop),
         }
     }
@@ -265,10 +272,11 @@ impl LogicalVolume {
 fn unsuitable(attributes: &str) -> Option<&'static str> {
     let mut letters = attributes.chars();
     match letters.next() {
-        Some('t' | 'T') => return Some("it is a thin pool"),
+        Some('t' | 'T') => return Some(THIN_POOL),
         Some('s' | 'S') => return Some("it is a snapshot of another volume"),
         Some('p') => return Some("it is being moved by pvmove"),
-        Some('-' | 'V' | 'o' | 'O' | 'm' | 'M' | 'r' | 'R' | 'C' | 'g') => {}
+        Some('o' | 'O') => return Some("it has snapshots, which would be lost with it"),
+        Some('-' | 'V' | 'm' | 'M' | 'r' | 'R' | 'C' | 'g') => {}
         _ => return Some("it is a part of another volume"),
     }
     matches!(letters.next(), Some('r' | 'R')).then_some("it is read-only")

@@ -1,6 +1,10 @@
 //! The configured targets by name, and the ones that an administrator writes out (`lvm:vg0`, `dir:/srv`).
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use lvp_api::{ErrorCode, TargetSpec, VolumeName};
 
@@ -32,11 +36,21 @@ impl Target {
             // Names are the group's, whichever pool a volume is in.
             TargetSpec::Lvm { volume_group, .. } => format!("lvm:{volume_group}/{name}"),
             TargetSpec::Directory { path } => {
-                format!("dir:{}/{name}", path.canonicalize().unwrap_or_else(|_| path.clone()).display())
+                format!("dir:{}/{name}", canonical(path).display())
             }
             TargetSpec::Named(other) => format!("{other}/{name}"),
         }
     }
+}
+
+/// The path without links and dots, also where its end is not there yet.
+fn canonical(path: &Path) -> PathBuf {
+    for ancestor in path.ancestors() {
+        if let (Ok(real), Ok(rest)) = (ancestor.canonicalize(), path.strip_prefix(ancestor)) {
+            return real.join(rest);
+        }
+    }
+    path.to_owned()
 }
 
 impl Targets {
@@ -124,5 +138,10 @@ mod tests {
         assert_eq!(key("default"), key("fast"));
         assert_eq!(key("dir:/tmp"), key("dir:/tmp/."));
         assert_ne!(key("dir:/tmp"), key("dir:/usr"));
+        let directory = tempfile::tempdir().unwrap();
+        let absent = format!("dir:{}/volumes/", directory.path().display());
+        let before = key(&absent);
+        std::fs::create_dir(directory.path().join("volumes")).unwrap();
+        assert_eq!(key(absent.trim_end_matches('/')), before);
     }
 }

@@ -7,7 +7,7 @@ use lvp_api::{ByteSize, ErrorBody, ErrorCode, Job, JobId, JobKind, JobList, JobS
 use super::Outcome;
 use crate::{
     cli::{self, Output},
-    connection::Connection,
+    connection::{Connection, body},
     output,
     progress_bar::ProgressDisplay,
 };
@@ -24,6 +24,10 @@ pub async fn run(connection: &Connection, command: cli::Job, output: Output) -> 
         cli::Job::Watch { id } => {
             let job = watch(connection, id, output, false).await?;
             return end(&job, output);
+        }
+        // Without a daemon the job ended with the process that ran it, and was just now taken back.
+        cli::Job::Cancel { id } if connection.is_local() => {
+            output::print(&client.job(id).await?, output, |job| format!("job {} {}", job.job_id, job.status))?;
         }
         cli::Job::Cancel { id } => {
             client.cancel(id).await?;
@@ -55,6 +59,10 @@ async fn watch(connection: &Connection, id: JobId, output: Output, may_cancel: b
         if job.status.is_terminal() {
             return Ok(job);
         }
+        if connection.is_local() && !may_cancel {
+            display.finish();
+            return Err(not_under_way(&job));
+        }
         tokio::select! {
             () = tokio::time::sleep(LOOK_EVERY) => {}
             _ = tokio::signal::ctrl_c() => {
@@ -69,6 +77,13 @@ async fn watch(connection: &Connection, id: JobId, output: Output, may_cancel: b
             }
         }
     }
+}
+
+/// Nobody runs it: there is no daemon, and the process that ran it is gone.
+fn not_under_way(job: &Job) -> Box<ErrorBody> {
+    let said = format!("job {} was interrupted, and no daemon runs that would resume it", job.job_id);
+    let error = lvp_engine::Error::new(ErrorCode::Interrupted, said);
+    body(error.hint(format!("start `lvp serve` to resume it, or take it back with `lvp job cancel {}`", job.job_id)))
 }
 
 /// The result of a followed job: its summary, or its error as this command's.

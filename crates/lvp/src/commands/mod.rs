@@ -56,7 +56,9 @@ async fn dispatch(cli: Cli, config: &Config) -> Outcome {
         Command::Serve(_) => return serve::run(config).await,
         Command::Doctor => return doctor::run(config, cli.global.output).await,
         Command::Provision(provision) if !provision.dry_run => Recovery::Undo,
-        Command::Image(crate::cli::Image::Prefetch { .. }) => Recovery::Undo,
+        Command::Image(crate::cli::Image::Prefetch { .. }) | Command::Job(crate::cli::Job::Cancel { .. }) => {
+            Recovery::Undo
+        }
         _ => Recovery::Leave,
     };
     let connection = Connection::open(&cli.global, config, recovery).await?;

@@ -115,7 +115,7 @@ impl Config {
         let bad = |why: String| Error::new(ErrorCode::InvalidConfiguration, format!("{}: {why}", path.display()));
         let text = std::fs::read_to_string(path).map_err(|error| bad("cannot be read".to_owned()).source(error))?;
         let mut document: toml::Table =
-            text.parse().map_err(|error: toml::de::Error| bad(error.to_string().trim_end().replace('\n', " ")))?;
+            text.parse().map_err(|error: toml::de::Error| bad(toml_error(&error, &text)))?;
         if let Some(targets) = document.remove("targets") {
             let targets = targets.as_table().ok_or_else(|| bad("targets is not a table".to_owned()))?;
             for (name, fields) in targets {
@@ -189,7 +189,8 @@ impl Config {
             let value = &self.values[setting.key];
             let text = match &value.text {
                 None => self.effective_default(setting.key).unwrap_or_default(),
-                Some(_) if setting.secret => "(hidden)".to_owned(),
+                // A password in a URL is refused where it is used, and must not be shown before.
+                Some(text) if setting.secret || text.contains('@') => "(hidden)".to_owned(),
                 Some(text) => text.clone(),
             };
             (setting.key.to_owned(), text, value.origin.to_string())
@@ -376,6 +377,12 @@ fn target(fields: &toml::Value) -> Result<TargetSpec, String> {
         None => return Err("has no kind; there are lvm and dir".to_owned()),
     };
     written.parse().map_err(|invalid: lvp_api::Invalid| format!("is not possible: {invalid}"))
+}
+
+/// What is wrong, and on which line; never the line itself, which may hold a key.
+fn toml_error(error: &toml::de::Error, text: &str) -> String {
+    let line = error.span().map(|span| text[..span.start.min(text.len())].lines().count().max(1));
+    format!("line {}: {}", line.unwrap_or(1), error.message().trim().replace('\n', ", "))
 }
 
 /// A document as dotted keys.

@@ -15,7 +15,7 @@ use std::{
 
 use lvp_api::ErrorCode;
 use rustix::{
-    fs::{FallocateFlags, OFlags, fallocate, ioctl_blksszget},
+    fs::{FallocateFlags, FlockOperation, OFlags, fallocate, flock, ioctl_blksszget},
     io::Errno,
 };
 
@@ -84,6 +84,9 @@ impl OpenTarget {
         // The first descriptor holds the claim of a device; a second one without O_EXCL is let in beside it.
         let claim = if device { OFlags::EXCL } else { OFlags::empty() };
         let mut plain = claimed(target, claim).map_err(|error| not_opened(target, error))?;
+        if !device {
+            hold(&plain).map_err(|error| not_opened(target, error))?;
+        }
         let size = plain.seek(SeekFrom::End(0)).map_err(|error| Error::io("finding the size of", path, error))?;
         if size != target.size {
             return Err(Error::new(
@@ -205,7 +208,21 @@ fn claimed(target: &BlockTarget, claim: OFlags) -> io::Result<File> {
     open_with(target, claim)
 }
 
+/// Holds a regular file against other writers of ours, in this process or another, under whatever name.
+fn hold(file: &File) -> io::Result<()> {
+    for _ in 0..CLAIM_ATTEMPTS {
+        match flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => thread::sleep(BETWEEN_CLAIMS),
+            held => return held.map_err(io::Error::from),
+        }
+    }
+    Err(Errno::BUSY.into())
+}
+
 fn open_with(target: &BlockTarget, flags: OFlags) -> io::Result<File> {
+    // The path of a logical volume is a link; that of a raw file must not have become one.
+    let is_file = target.path.symlink_metadata().is_ok_and(|metadata| metadata.is_file());
+    let flags = if is_file { flags | OFlags::NOFOLLOW } else { flags };
     OpenOptions::new().write(true).custom_flags(flags.bits().cast_signed()).open(&target.path)
 }
 
