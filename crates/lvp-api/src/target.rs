@@ -52,6 +52,7 @@ impl FromStr for TargetSpec {
                 }
                 Ok(Self::Lvm { volume_group: group.to_owned(), thin_pool: pool.map(str::to_owned) })
             }
+            Some(("dir", path)) if path.split('/').any(|part| part == "..") => Err(invalid("has '..' in its path")),
             Some(("dir", path)) if path.starts_with('/') => Ok(Self::Directory { path: PathBuf::from(path) }),
             Some(("dir", _)) => Err(invalid("needs an absolute path")),
             Some(_) => Err(invalid("has an unknown kind")),
@@ -81,7 +82,7 @@ mod tests {
         for text in ["lvm:vg0", "lvm:vg0/pool0", "dir:/srv/volumes", "fast"] {
             assert_eq!(text.parse::<TargetSpec>().unwrap().to_string(), text);
         }
-        for text in ["", "lvm:", "lvm:/pool", "lvm:vg0/", "lvm:-a", "dir:relative", "nfs:/x", "a b"] {
+        for text in ["", "lvm:", "lvm:/pool", "lvm:vg0/", "lvm:-a", "dir:relative", "dir:/a/../b", "nfs:/x", "a b"] {
             assert!(text.parse::<TargetSpec>().is_err(), "{text}");
         }
     }

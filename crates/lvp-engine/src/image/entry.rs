@@ -13,7 +13,7 @@ use std::{
 
 use lvp_api::{Digest, Image};
 
-use super::sidecar::Sidecar;
+use super::{chunks::Chunks, sidecar::Sidecar};
 
 /// What the index knows of one image.
 pub(super) struct Record {
@@ -78,6 +78,11 @@ impl Entry {
     /// The file's size in bytes.
     pub fn size(&self) -> u64 {
         self.record.sidecar().size
+    }
+
+    /// The digests of its chunks.
+    pub(super) fn chunks(&self) -> Chunks {
+        self.record.sidecar().chunks.clone()
     }
 
     /// As the API shows it.

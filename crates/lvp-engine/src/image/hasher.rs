@@ -1,13 +1,16 @@
-//! Digests of bytes as they come: SHA-256 always, SHA-512 beside it when a request names one.
+//! Digests of bytes as they come: SHA-256 and the chunk digests always, SHA-512 beside them when a request names one.
 //! It leaves out where the bytes come from.
 
 use aws_lc_rs::digest::{Context, SHA256, SHA512, digest};
 use lvp_api::{Digest, DigestAlgorithm};
 
+use super::chunks::{ChunkHasher, Chunks};
+
 /// A running hash of one image.
 pub(super) struct Hasher {
     sha256: Context,
     sha512: Option<Context>,
+    chunks: ChunkHasher,
 }
 
 /// The digests of one image.
@@ -17,18 +20,25 @@ pub(super) struct Digests {
     pub sha256: Digest,
     /// Computed when asked.
     pub sha512: Option<Digest>,
+    /// For reading the image again.
+    pub chunks: Chunks,
 }
 
 impl Hasher {
     /// Begins; with SHA-512 when the expected digest is one.
     pub fn new(expected: Option<&Digest>) -> Self {
         let sha512 = expected.is_some_and(|digest| digest.algorithm() == DigestAlgorithm::Sha512);
-        Self { sha256: Context::new(&SHA256), sha512: sha512.then(|| Context::new(&SHA512)) }
+        Self {
+            sha256: Context::new(&SHA256),
+            sha512: sha512.then(|| Context::new(&SHA512)),
+            chunks: ChunkHasher::new(),
+        }
     }
 
     /// Takes the next bytes.
     pub fn update(&mut self, bytes: &[u8]) {
         self.sha256.update(bytes);
+        self.chunks.update(bytes);
         if let Some(sha512) = &mut self.sha512 {
             sha512.update(bytes);
         }
@@ -39,6 +49,7 @@ impl Hasher {
         Digests {
             sha256: Digest::from_bytes(DigestAlgorithm::Sha256, self.sha256.finish().as_ref()),
             sha512: self.sha512.map(|context| Digest::from_bytes(DigestAlgorithm::Sha512, context.finish().as_ref())),
+            chunks: self.chunks.finish(),
         }
     }
 }

@@ -352,6 +352,17 @@ impl Images {
         Ok(ImageVerification { name: entry.name().to_owned(), intact: expected == actual, expected, actual })
     }
 
+    /// Reads a cached image again and compares it with what was downloaded, chunk by chunk: several times as fast as
+    /// [`Images::verify`]. Decides nothing: see [`Images::quarantine`].
+    ///
+    /// # Errors
+    /// `checksum_mismatch`, the stop of the job, `input_output`.
+    pub async fn compare(&self, entry: &Entry, progress: &Progress) -> Result<()> {
+        progress.enter(Stage::Verifying, entry.size());
+        let (held, progress) = (entry.clone(), progress.clone());
+        blocking(move || held.chunks().compare(held.path(), &progress)).await
+    }
+
     /// Takes an image whose bytes are wrong out of the cache, even while jobs use it.
     pub async fn quarantine(&self, entry: &Entry) -> Result<()> {
         let entry = entry.clone();

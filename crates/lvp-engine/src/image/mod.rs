@@ -8,12 +8,14 @@
 //!   │  ├─ web, file   one attempt                ├─ entry       an image in use
 //!   │  ├─ http, sign  one request                ├─ flight      one download per image
 //!   │  └─ retry       when again                 └─ download    bytes to a partial file, hashed
+//!   ├─ chunks       digests that a hit is checked by
 //!   └─ reader     random access before the fetch
 //! ```
 //! It leaves out what is in an image: who asks for one reads its format between [`Images::fetch`] and
 //! [`Unpublished::publish`], so that nothing unread is published.
 
 mod checksum;
+mod chunks;
 mod directory;
 mod download;
 mod entry;

@@ -1,8 +1,7 @@
 //! What is remembered about a cached image: one JSON file per image, `.lvp/<image name>.json`.
 //!
 //! The directory with these files is the only truth about the cache. Each is replaced as a whole (temporary file,
-//! fsync, rename), so it is never half written. Unknown fields are passed over: chunk checksums can be added without a
-//! new version. It leaves out where images lie: see `directory`.
+//! fsync, rename), so it is never half written. Unknown fields are passed over, so that later versions can add some. It leaves out where images lie: see `directory`.
 
 use std::{
     fs::File,
@@ -14,7 +13,7 @@ use jiff::Timestamp;
 use lvp_api::{Digest, ImageFormat};
 use serde::{Deserialize, Serialize};
 
-use super::{hasher::Digests, location::ImageUrl, source::SourceInfo};
+use super::{chunks::Chunks, hasher::Digests, location::ImageUrl, source::SourceInfo};
 
 /// The version of the form below. A file of another version is left alone, and its image not used.
 pub(super) const VERSION: u32 = 1;
@@ -47,6 +46,8 @@ pub(super) struct Sidecar {
     pub last_used_at: Timestamp,
     /// Where it was seen, latest last.
     pub sources: Vec<SourceRecord>,
+    /// The digests of its chunks.
+    pub chunks: Chunks,
 }
 
 /// A place where exactly this image was seen.
@@ -111,6 +112,7 @@ impl Sidecar {
             fetched_at: now,
             last_used_at: now,
             sources: Vec::new(),
+            chunks: digests.chunks.clone(),
         }
     }
 

@@ -178,15 +178,15 @@ impl Context {
     async fn fetch(&mut self) -> Result<Option<(Entry, Arc<Image>)>> {
         let services = Arc::clone(&self.services);
         match services.images.fetch(self.resolved()?, &self.progress).await? {
-            Fetch::Cached(entry) => {
-                if services.images.verify(&entry, &self.progress).await?.intact {
-                    let image = self.open(entry.path()).await?;
-                    return Ok(Some((entry, image)));
+            Fetch::Cached(entry) => match services.images.compare(&entry, &self.progress).await {
+                Ok(()) => Ok(Some((entry.clone(), self.open(entry.path()).await?))),
+                Err(error) if error.code() == ErrorCode::ChecksumMismatch => {
+                    tracing::error!(job_id = %self.id, error = %error.chain(), "a cached image is damaged and fetched anew");
+                    services.images.quarantine(&entry).await?;
+                    Ok(None)
                 }
-                tracing::error!(job_id = %self.id, image = entry.name(), "cached image lost its digest; it is fetched anew");
-                services.images.quarantine(&entry).await?;
-                Ok(None)
-            }
+                Err(error) => Err(error),
+            },
             Fetch::New(unpublished) => {
                 let image = match self.open(unpublished.path()).await {
                     Ok(image) => image,

@@ -201,7 +201,13 @@ impl Bed {
 
     /// Stops everything and starts it again on the same state. Running jobs are interrupted.
     pub async fn restart(&mut self) {
+        self.restart_after(|_| ()).await;
+    }
+
+    /// As [`Bed::restart`], with something done to the state directory while nothing runs.
+    pub async fn restart_after(&mut self, change: impl FnOnce(&Path)) {
         self.running.take().expect("the server runs").stop().await;
+        change(&self.settings.state_directory);
         // The locks go with the last clone of the engine, which the last connection holds for a moment.
         let begun = Instant::now();
         let engine = loop {

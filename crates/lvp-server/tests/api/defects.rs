@@ -194,3 +194,56 @@ async fn one_volume_is_written_by_one_job_at_a_time() {
     assert!(time(&second, "started_at") >= time(&first, "finished_at"), "{first:#} {second:#}");
     bed.assert_holds(&bed.volume("web-1"), &image, "qcow2", DISK);
 }
+
+/// A crash between the last step and the job's end: the volume is its user's already.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_finished_volume_is_never_made_again() {
+    let mut bed = Bed::new().await;
+    bed.publish("good.qcow2", 1);
+    let mut existing = bed.order("good.qcow2", "web-2");
+    fs::create_dir_all(bed.volume("web-2").parent().unwrap()).unwrap();
+    let size = existing["size"].as_u64().unwrap();
+    fs::File::create(bed.volume("web-2")).unwrap().set_len(size).unwrap();
+    let mut ids = Vec::new();
+    for (order, volume) in [(bed.order("good.qcow2", "web-1"), "web-1"), (existing.take(), "web-2")] {
+        let job = bed.provision(&order).await;
+        ids.push(job["job_id"].as_str().unwrap().to_owned());
+        std::os::unix::fs::FileExt::write_all_at(
+            &fs::OpenOptions::new().write(true).open(bed.volume(volume)).unwrap(),
+            b"the guest's",
+            4096,
+        )
+        .unwrap();
+    }
+    let before: Vec<_> = ["web-1", "web-2"].map(|name| fs::read(bed.volume(name)).unwrap()).into();
+    bed.restart_after(|state| {
+        let database = rusqlite::Connection::open(state.join("jobs.db")).unwrap();
+        database.execute("UPDATE jobs SET status = 'running', finished_at = NULL", []).unwrap();
+    })
+    .await;
+    for id in ids {
+        assert_eq!(bed.ended(&id).await["status"], "completed");
+    }
+    for (name, before) in ["web-1", "web-2"].iter().zip(before) {
+        assert!(fs::read(bed.volume(name)).unwrap() == before, "{name} was written again");
+    }
+}
+
+/// One file under two targets' names, one of them not there when its job was submitted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_is_written_by_one_job_at_a_time_whatever_it_is_called() {
+    let bed = Bed::new().await;
+    bed.publish("good.qcow2", 1);
+    let (plain, dotted) = (bed.path("new"), bed.path("new/."));
+    let mut ids = Vec::new();
+    for directory in [&plain, &dotted, &plain] {
+        let mut order = bed.order("good.qcow2", "web-1");
+        order["target"] = json!(format!("dir:{}", directory.display()));
+        let accepted = bed.unix().post("/api/v1/jobs", &order).await.expect(202);
+        ids.push(accepted["job_id"].as_str().unwrap().to_owned());
+    }
+    for id in ids {
+        let job = bed.ended(&id).await;
+        assert!(job["status"] == "completed" || job["error_code"] == "volume_in_use", "{job:#}");
+    }
+}
