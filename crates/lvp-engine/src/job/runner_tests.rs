@@ -1,0 +1,186 @@
+//! Jobs through the runner, on a real database: order, undo, cancel, shutdown, recovery.
+
+use serde_json::json;
+
+use super::*;
+
+/// A job that keeps a list of what was done, in a file that outlives it.
+struct Diary {
+    path: std::path::PathBuf,
+    fail_at: Option<String>,
+    progress: Progress,
+}
+
+impl Diary {
+    fn write(&self, line: &str) {
+        use std::io::Write;
+        let mut file = std::fs::OpenOptions::new().append(true).create(true).open(&self.path).unwrap();
+        writeln!(file, "{line}").unwrap();
+    }
+
+    async fn ensure(&mut self, name: &str) -> Result<()> {
+        self.write(&format!("+{name}"));
+        match self.fail_at.as_deref() {
+            Some(at) if at == name => Err(Error::new(ErrorCode::InputOutput, "the disk is on fire")),
+            Some("panic") if name == "two" => panic!("out of cheese"),
+            Some("hang") if name == "two" => self.progress.until_stopped(std::future::pending::<()>()).await,
+            _ => Ok(()),
+        }
+    }
+}
+
+const STEPS: &[Step<Diary>] = &[
+    Step {
+        name: "one",
+        ensure: |diary| Box::pin(diary.ensure("one")),
+        undo: |diary| {
+            Box::pin(async {
+                diary.write("-one");
+                Ok(())
+            })
+        },
+    },
+    Step {
+        name: "two",
+        ensure: |diary| Box::pin(diary.ensure("two")),
+        undo: |diary| {
+            Box::pin(async {
+                diary.write("-two");
+                Ok(())
+            })
+        },
+    },
+];
+
+struct Bench {
+    directory: tempfile::TempDir,
+    store: Store,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(&directory.path().join("jobs.db")).unwrap();
+        Self { directory, store }
+    }
+
+    fn runner(&self, fail_at: Option<&str>) -> Runner<Diary> {
+        let (path, fail_at) = (self.directory.path().join("diary"), fail_at.map(str::to_owned));
+        let execution = Execution {
+            context: Box::new(move |_, progress| Ok(Diary { path: path.clone(), fail_at: fail_at.clone(), progress })),
+            steps: |_| STEPS,
+            record: |_| json!({}),
+        };
+        Runner::new(self.store.clone(), execution, 2, 10)
+    }
+
+    fn diary(&self) -> String {
+        std::fs::read_to_string(self.directory.path().join("diary")).unwrap_or_default().replace('\n', " ")
+    }
+}
+
+fn job() -> NewJob {
+    NewJob { kind: JobKind::Provision, request: json!({}), exclusive: "volume".into(), idempotency_key: None }
+}
+
+async fn until(runner: &Runner<Diary>, id: JobId, wanted: impl Fn(&Stored) -> bool) -> Stored {
+    for _ in 0..1000 {
+        let stored = runner.get(id).await.unwrap();
+        if wanted(&stored) {
+            return stored;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("the job did not come so far in 10 s: {}", runner.get(id).await.unwrap().status);
+}
+
+#[tokio::test]
+async fn steps_run_in_order() {
+    let bench = Bench::new();
+    let runner = bench.runner(None);
+    runner.begin(Recovery::Resume).await.unwrap();
+    let (id, _) = runner.submit(job()).await.unwrap();
+    let stored = until(&runner, id, |stored| stored.status.is_terminal()).await;
+    assert_eq!((stored.status, stored.progress.percent), (JobStatus::Completed, 100));
+    assert_eq!(bench.diary(), "+one +two ");
+}
+
+#[tokio::test]
+async fn a_failed_step_and_those_before_it_are_undone_backwards() {
+    for (fail_at, diary, code) in [
+        ("two", "+one +two -two -one ", ErrorCode::InputOutput),
+        ("one", "+one -one ", ErrorCode::InputOutput),
+        ("panic", "+one +two -two -one ", ErrorCode::Internal),
+    ] {
+        let bench = Bench::new();
+        let runner = bench.runner(Some(fail_at));
+        runner.begin(Recovery::Resume).await.unwrap();
+        let (id, _) = runner.submit(job()).await.unwrap();
+        let stored = until(&runner, id, |stored| stored.status.is_terminal()).await;
+        assert_eq!(stored.status, JobStatus::Failed);
+        assert_eq!(stored.error.unwrap().error, code, "{fail_at}");
+        assert_eq!(bench.diary(), diary, "{fail_at}");
+    }
+}
+
+#[tokio::test]
+async fn a_cancelled_job_is_undone_and_stays_cancelled() {
+    let bench = Bench::new();
+    let runner = bench.runner(Some("hang"));
+    runner.begin(Recovery::Resume).await.unwrap();
+    let (id, _) = runner.submit(job()).await.unwrap();
+    until(&runner, id, |_| bench.diary().contains("+two")).await;
+    runner.cancel(id).await.unwrap();
+    let stored = until(&runner, id, |stored| stored.status.is_terminal()).await;
+    assert_eq!(stored.status, JobStatus::Cancelled);
+    assert_eq!(bench.diary(), "+one +two -two -one ");
+    assert_eq!(runner.cancel(id).await.unwrap().status, JobStatus::Cancelled);
+}
+
+#[tokio::test]
+async fn a_shutdown_undoes_nothing_and_the_next_start_resumes() {
+    let bench = Bench::new();
+    let runner = bench.runner(Some("hang"));
+    runner.begin(Recovery::Resume).await.unwrap();
+    let (id, _) = runner.submit(job()).await.unwrap();
+    until(&runner, id, |_| bench.diary().contains("+two")).await;
+    runner.shutdown(Duration::from_secs(10)).await;
+    assert_eq!(bench.diary(), "+one +two ");
+    assert_eq!(runner.submit(job()).await.unwrap_err().code(), ErrorCode::ShuttingDown);
+    let next = bench.runner(None);
+    next.begin(Recovery::Resume).await.unwrap();
+    let stored = until(&next, id, |stored| stored.status.is_terminal()).await;
+    // To be told to stop is no failed attempt.
+    assert_eq!((stored.status, stored.attempts), (JobStatus::Completed, 1));
+    assert_eq!(bench.diary(), "+one +two +one +two ");
+}
+
+#[tokio::test]
+async fn a_command_with_work_of_its_own_takes_back_what_a_crash_left() {
+    let bench = Bench::new();
+    let (id, _) = bench.store.insert(job()).await.unwrap();
+    bench.store.start(id).await.unwrap();
+    bench.store.step(id, 0, "one", "done", json!({})).await.unwrap();
+    let runner = bench.runner(None);
+    runner.begin(Recovery::Leave).await.unwrap();
+    assert_eq!(runner.get(id).await.unwrap().status, JobStatus::Running);
+    runner.begin(Recovery::Undo).await.unwrap();
+    assert_eq!(runner.get(id).await.unwrap().error.unwrap().error, ErrorCode::Interrupted);
+    assert_eq!(bench.diary(), "-one ");
+}
+
+#[tokio::test]
+async fn a_job_that_is_interrupted_again_and_again_is_given_up() {
+    let bench = Bench::new();
+    let (id, _) = bench.store.insert(job()).await.unwrap();
+    for _ in 0..MOST_ATTEMPTS {
+        bench.store.start(id).await.unwrap();
+        bench.store.step(id, 0, "one", "started", json!({})).await.unwrap();
+        bench.store.requeue(id).await.unwrap();
+    }
+    let runner = bench.runner(None);
+    runner.begin(Recovery::Resume).await.unwrap();
+    let stored = until(&runner, id, |stored| stored.status.is_terminal()).await;
+    assert_eq!(stored.error.unwrap().error, ErrorCode::Interrupted);
+    assert_eq!(bench.diary(), "-one ");
+}
