@@ -27,7 +27,8 @@ volumes() { lvs --noheadings --options lv_full_name vg0 | awk '$1 != "vg0/pool0"
 found() { virsh --quiet 'list --all --name; pool-list --all --name' | grep .; volumes; }
 systemctl kill --kill-whom=all --signal=KILL 'test-*.service'
 systemctl stop 'test-*.service'
-if [ -n "$(found)" ]; then
+left=$(found)
+if [ -n "$left" ]; then
     for domain in $(virsh list --all --name); do virsh destroy $domain; virsh undefine --nvram $domain; done
     for pool in $(virsh pool-list --all --name); do virsh pool-destroy $pool; virsh pool-undefine $pool; done
     awk '$1 ~ "^/dev/(mapper/)?vg0" { print $2 }' /proc/mounts | xargs --no-run-if-empty umount
