@@ -119,7 +119,6 @@ impl Vm {
         let begun = Instant::now();
         let output = process::output(&mut ssh, input, limit + Duration::from_secs(30))
             .with_context(|| format!("in the test machine: {script}"))?;
-        eprintln!("PROFILE {:6.2} {}", begun.elapsed().as_secs_f32(), script.chars().take(110).collect::<String>().replace('\n', " "));
         match output.code {
             124 | 137 if begun.elapsed() >= limit => {
                 bail!("in the test machine: {script}\ndid not end within {inside} s\n{}", output.stderr.trim())
