@@ -13,6 +13,8 @@ pub const SCENARIOS: &[Scenario] = &[
     ("a_volume_smaller_than_the_image_is_refused_and_untouched", a_volume_smaller_than_the_image_is_untouched),
     ("no_byte_of_the_volume_s_past_is_left", no_byte_of_the_volume_s_past_is_left),
     ("an_unverified_image_changes_no_byte_of_a_volume", an_unverified_image_changes_no_byte_of_a_volume),
+    ("a_volume_with_snapshots_is_neither_overwritten_nor_removed", a_volume_with_snapshots_is_left_alone),
+    ("an_inactive_volume_is_reprovisioned_and_removed", an_inactive_volume_is_reprovisioned_and_removed),
 ];
 
 fn a_volume_within_five_percent_is_reused(world: &World) -> Result<()> {
@@ -81,5 +83,35 @@ fn an_unverified_image_changes_no_byte_of_a_volume(world: &World) -> Result<()> 
     request["checksum"] = json!(format!("sha256:{}", "0".repeat(64)));
     daemon.failed(&request, "checksum_mismatch")?;
     ensure!(world.content("web")? == before && world.fact("web", "lv_tags")?.is_empty(), "the volume was touched");
+    Ok(())
+}
+
+/// `lvremove -y` of an origin would take the snapshots with it, and to write it would overflow them.
+fn a_volume_with_snapshots_is_left_alone(world: &World) -> Result<()> {
+    let published = world.publish(&world.small)?;
+    let daemon = world.serve("origin")?;
+    daemon.completed(&published.onto("web", "64M"))?;
+    world.vm.run_ok("lvcreate --yes --snapshot --name kept --size 8M vg0/web; udevadm settle")?;
+    let before = (world.content("web")?, world.content("kept")?);
+    let job = daemon.failed(&published.onto("web", "64M"), "volume_incompatible")?;
+    ensure!(job["error"].as_str().is_some_and(|words| words.contains("snapshots")), "{job:#}");
+    let refused = daemon.delete("/api/v1/volumes/web?force=true")?;
+    ensure!(refused.status == 409 && refused.body.contains("snapshots"), "{refused:?}");
+    ensure!((world.content("web")?, world.content("kept")?) == before, "something was touched");
+    Ok(())
+}
+
+fn an_inactive_volume_is_reprovisioned_and_removed(world: &World) -> Result<()> {
+    let published = world.publish(&world.small)?;
+    let daemon = world.serve("inactive")?;
+    daemon.completed(&published.onto("web", "64M"))?;
+    let deactivate = "udevadm settle; lvchange --activate n vg0/web; test ! -e /dev/vg0/web";
+    world.vm.run_ok(deactivate)?;
+    daemon.completed(&published.onto("web", "64M"))?;
+    world.expect_image("/dev/vg0/web", &world.small)?;
+    world.vm.run_ok(deactivate)?;
+    ensure!(daemon.get("/api/v1/volumes/web")?.status == 200, "it is not shown");
+    ensure!(daemon.delete("/api/v1/volumes/web?force=true")?.status == 204, "it is not removed");
+    ensure!(world.volumes()?.is_empty());
     Ok(())
 }
