@@ -16,14 +16,14 @@ pub const SCENARIOS: &[Scenario] = &[
 ];
 
 fn ten_requests_for_one_image_are_one_download(world: &World) -> Result<()> {
-    let image = Fixture::qcow2("asked-for-ten-times", 32, 28)?;
+    let image = Fixture::qcow2("asked-for-ten-times", 40, 28)?;
     let published = world.publish(&image)?;
     let mut environment = world.environment("ten");
     set(&mut environment, "MAX_CONCURRENT_JOBS", Some("10"));
     set(&mut environment, "LVM_THIN_POOL", Some("pool0"));
     let daemon = world.serve_in("ten", environment)?;
     let volumes: Vec<String> = (0..10).map(|number| format!("web-{number}")).collect();
-    let ids = volumes.iter().map(|volume| daemon.provision(&published.onto(volume, "32M")));
+    let ids = volumes.iter().map(|volume| daemon.provision(&published.onto(volume, "40M")));
     for id in ids.collect::<Result<Vec<_>>>()? {
         daemon.job_completed(&id, JOB)?;
     }

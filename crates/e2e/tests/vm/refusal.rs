@@ -92,7 +92,7 @@ fn an_image_larger_than_its_thin_pool_is_refused(world: &World) -> Result<()> {
     ensure!(job["retryable"] == true && job["details"]["free_bytes"] == 64 << 20, "{job:#}");
     ensure!(world.volumes()?.is_empty(), "something is left");
     // What fits is written.
-    daemon.completed(&world.publish(&world.small)?.onto("web", "1G"))?;
+    daemon.completed(&world.publish(&world.small)?.onto("web", "256M"))?;
     world.expect_image("/dev/vg0/web", &world.small)
 }
 
