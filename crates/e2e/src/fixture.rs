@@ -67,7 +67,9 @@ impl Fixture {
 fn make_file_system(scratch: &Path, disk: &Path, name: &str, size_mib: u64, data_mib: usize) -> Result<()> {
     let files = scratch.join("files");
     fs::create_dir(&files)?;
-    let mut random = fastrand::Rng::with_seed(name.bytes().fold(0, |seed, byte| seed * 31 + u64::from(byte)));
+    let mut random = fastrand::Rng::with_seed(
+        name.bytes().fold(0, |seed: u64, byte| seed.wrapping_mul(31).wrapping_add(byte.into())),
+    );
     for index in 0..data_mib {
         let mut content = vec![0; FILE];
         if index % 2 == 0 {

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
-use xtask::process;
+use xtask::{boot::SERVICE, process};
 
 use crate::{
     bed::BINARY,
@@ -20,7 +20,7 @@ use crate::{
 const START: Duration = Duration::from_secs(60);
 /// How long a provision may take.
 const JOB: Duration = Duration::from_secs(120);
-/// How long to leave it alone between two looks at a job: a look costs the emulated machine a tenth of a second.
+/// How long to leave it alone between two looks at a job.
 const POLL: Duration = Duration::from_millis(50);
 
 /// A running daemon. Dropping it kills it; its state and cache stay until the scenario ends.
@@ -28,17 +28,16 @@ pub struct Product<'vm> {
     /// Its process: `kill_9`, `stop`, `log`, `id`.
     pub process: Process<'vm>,
     vm: &'vm Vm,
-    environment: Vec<(String, String)>,
 }
 
 impl<'vm> Product<'vm> {
-    /// Starts `lvp serve` with this environment and waits until it answers.
+    /// Starts `lvp serve` with this environment, whose port is 8080, and waits until it answers.
     ///
     /// # Errors
     /// It ends, or does not answer; the error quotes its log.
     pub fn start(vm: &'vm Vm, name: &str, environment: Vec<(String, String)>) -> Result<Self> {
         let process = vm.spawn(name, &environment, &[BINARY, "serve"])?;
-        let product = Self { process, vm, environment };
+        let product = Self { process, vm };
         product.wait_until_alive()?;
         Ok(product)
     }
@@ -66,7 +65,7 @@ impl<'vm> Product<'vm> {
     /// # Errors
     /// There is no answer.
     pub fn get(&self, path: &str) -> Result<Response> {
-        self.vm.http("GET", &self.url(path), None)
+        self.vm.ask("GET", path, None)
     }
 
     /// POST of JSON to a path.
@@ -74,7 +73,7 @@ impl<'vm> Product<'vm> {
     /// # Errors
     /// There is no answer.
     pub fn post(&self, path: &str, body: &Value) -> Result<Response> {
-        self.vm.http("POST", &self.url(path), Some(&body.to_string()))
+        self.vm.ask("POST", path, Some(&body.to_string()))
     }
 
     /// DELETE of a path.
@@ -82,13 +81,12 @@ impl<'vm> Product<'vm> {
     /// # Errors
     /// There is no answer.
     pub fn delete(&self, path: &str) -> Result<Response> {
-        self.vm.http("DELETE", &self.url(path), None)
+        self.vm.ask("DELETE", path, None)
     }
 
     /// The URL of a path, in the machine.
     pub fn url(&self, path: &str) -> String {
-        let port = self.environment.iter().find(|(name, _)| name == "PORT").map_or("8080", |(_, value)| value);
-        format!("http://127.0.0.1:{port}{path}")
+        format!("http://127.0.0.1:{SERVICE}{path}")
     }
 
     /// Asks for a provision that must be accepted, and returns the job's id.

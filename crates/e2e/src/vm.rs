@@ -6,6 +6,7 @@
 use std::{
     fs,
     path::Path,
+    process::Command,
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -44,6 +45,12 @@ pub struct Response {
 }
 
 impl Response {
+    /// What curl printed: the body, and the status in a line of its own.
+    fn of_curl(text: &str) -> Result<Self> {
+        let (body, status) = text.rsplit_once('\n').unwrap_or(("", text));
+        Ok(Self { status: status.parse()?, body: body.trim().to_owned() })
+    }
+
     /// The body, read as JSON.
     ///
     /// # Errors
@@ -168,9 +175,26 @@ impl Vm {
             None => ("", Input::Empty),
         };
         let script = format!(r"curl -sS --max-time 60 -w '\n%{{http_code}}' {data}{}", words.join(" "));
-        let text = self.succeed(LIMIT, &script, input)?;
-        let (body, status) = text.rsplit_once('\n').unwrap_or(("", &text));
-        Ok(Response { status: status.parse()?, body: body.to_owned() })
+        Response::of_curl(&self.succeed(LIMIT, &script, input)?)
+    }
+
+    /// Asks the service at port 8080 of the machine's loopback from the host, through the connection that is there:
+    /// a hundred times cheaper for the machine than [`Vm::http`].
+    ///
+    /// # Errors
+    /// As [`Vm::http`].
+    pub fn ask(&self, method: &str, path: &str, body: Option<&str>) -> Result<Response> {
+        let port = self.while_on(|running| Ok(running.service_port()))?;
+        let mut curl = Command::new("curl");
+        curl.args(["-sS", "--max-time", "60", "-w", "\\n%{http_code}", "-X", method]);
+        if body.is_some() {
+            curl.args(["-H", "Content-Type: application/json", "--data-binary", "@-"]);
+        }
+        curl.arg(format!("http://127.0.0.1:{port}{path}"));
+        let input = body.map_or(Input::Empty, |body| Input::Bytes(body.as_bytes()));
+        let output = process::output(&mut curl, input, LIMIT)?;
+        ensure!(output.code == 0, "{method} {path}: no answer: {}", output.stderr.trim());
+        Response::of_curl(&output.stdout)
     }
 
     /// Copies a file of the host into the machine.

@@ -25,6 +25,8 @@ use crate::{
 const BOOT: Duration = Duration::from_secs(300);
 /// How long QEMU may take to quit.
 const QUIT: Duration = Duration::from_secs(30);
+/// The port of the machine's loopback that is reached from the host.
+pub const SERVICE: u16 = 8080;
 const KERNEL_ARGUMENTS: &str = "root=/dev/vda rw console=ttyS0 net.ifnames=0 mitigations=off panic=-1 quiet \
      systemd.show_status=1 loglevel=5";
 
@@ -33,6 +35,7 @@ pub struct Running {
     directory: PathBuf,
     key: PathBuf,
     port: u16,
+    service: u16,
     qemu: Attached,
     _connection: Attached,
 }
@@ -70,8 +73,9 @@ impl Machine {
             let said = process::tail(&directory.join("qemu.log"), 10);
             bail!("the test machine {what}: {said}\nthe end of its console:\n{}", process::tail(&console, 40));
         }
-        let connection = connect(directory, &key, port)?;
-        Ok(Running { directory: directory.to_owned(), key, port, qemu, _connection: connection })
+        let service = free_port()?;
+        let connection = connect(directory, &key, port, service)?;
+        Ok(Running { directory: directory.to_owned(), key, port, service, qemu, _connection: connection })
     }
 
     /// An overlay over the built root, and an empty disk for volumes; those that are there stay.
@@ -117,6 +121,11 @@ impl Running {
         ssh(&self.directory, &self.key, self.port)
     }
 
+    /// The port of the host's loopback that leads to [`SERVICE`] of the machine's loopback.
+    pub fn service_port(&self) -> u16 {
+        self.service
+    }
+
     /// Tells QEMU's monitor something and returns its answer: `set_link nic off`, `info block`, …
     ///
     /// # Errors
@@ -157,9 +166,10 @@ fn read_to_prompt(socket: &mut UnixStream) -> Result<String> {
 }
 
 /// One connection that all later commands share: a new one costs an emulated machine half a second.
-fn connect(directory: &Path, key: &Path, port: u16) -> Result<Attached> {
+fn connect(directory: &Path, key: &Path, port: u16, service: u16) -> Result<Attached> {
     let mut command = Attached::command("ssh");
     command.args(ssh(directory, key, port).get_args()).args(["-o", "ControlMaster=yes", "-N"]);
+    command.arg("-L").arg(format!("127.0.0.1:{service}:127.0.0.1:{SERVICE}"));
     command.stdout(Stdio::null()).stderr(fs::File::create(directory.join("ssh.log"))?);
     let control = directory.join("ssh");
     let _ = fs::remove_file(&control);
