@@ -149,14 +149,14 @@ impl World {
     /// # Errors
     /// It does not come up; the error quotes its log.
     pub fn serve(&self, name: &str) -> Result<Product<'_>> {
-        self.serve_in(name, self.environment(name))
+        self.serve_in(name, &self.environment(name))
     }
 
     /// As [`World::serve`], in an environment that a scenario changed.
     ///
     /// # Errors
     /// As [`World::serve`].
-    pub fn serve_in(&self, name: &str, environment: Vec<(String, String)>) -> Result<Product<'_>> {
+    pub fn serve_in(&self, name: &str, environment: &[(String, String)]) -> Result<Product<'_>> {
         Product::start(&self.vm, name, environment)
     }
 

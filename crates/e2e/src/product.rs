@@ -35,8 +35,8 @@ impl<'vm> Product<'vm> {
     ///
     /// # Errors
     /// It ends, or does not answer; the error quotes its log.
-    pub fn start(vm: &'vm Vm, name: &str, environment: Vec<(String, String)>) -> Result<Self> {
-        let process = vm.spawn(name, &environment, &[BINARY, "serve"])?;
+    pub fn start(vm: &'vm Vm, name: &str, environment: &[(String, String)]) -> Result<Self> {
+        let process = vm.spawn(name, environment, &[BINARY, "serve"])?;
         let product = Self { process, vm };
         product.wait_until_alive()?;
         Ok(product)

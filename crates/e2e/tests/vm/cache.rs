@@ -21,7 +21,7 @@ fn ten_requests_for_one_image_are_one_download(world: &World) -> Result<()> {
     let mut environment = world.environment("ten");
     set(&mut environment, "MAX_CONCURRENT_JOBS", Some("10"));
     set(&mut environment, "LVM_THIN_POOL", Some("pool0"));
-    let daemon = world.serve_in("ten", environment)?;
+    let daemon = world.serve_in("ten", &environment)?;
     let volumes: Vec<String> = (0..10).map(|number| format!("web-{number}")).collect();
     let ids = volumes.iter().map(|volume| daemon.provision(&published.onto(volume, "40M")));
     for id in ids.collect::<Result<Vec<_>>>()? {
@@ -41,7 +41,7 @@ fn ten_requests_for_one_image_are_one_download(world: &World) -> Result<()> {
 fn libvirt_s_pool_lists_the_cached_image(world: &World) -> Result<()> {
     let mut environment = world.environment("pool");
     set(&mut environment, "LVP_CACHE_DIR", None);
-    let daemon = world.serve_in("pool", environment)?;
+    let daemon = world.serve_in("pool", &environment)?;
     ensure!(world.vm.run_ok("virsh vol-list images")?.lines().count() == 2, "the pool is not there, or not empty");
     let job = daemon.completed(&world.publish(&world.small)?.onto("web", "64M"))?;
     let path = job["image_path"].as_str().context("no image_path")?;

@@ -44,7 +44,7 @@ fn a_new_thick_volume_then_a_hit(world: &World) -> Result<()> {
 fn a_new_thin_volume_takes_only_what_the_image_has(world: &World) -> Result<()> {
     let mut environment = world.environment("thin");
     set(&mut environment, "LVM_THIN_POOL", Some("pool0"));
-    let daemon = world.serve_in("thin", environment)?;
+    let daemon = world.serve_in("thin", &environment)?;
     let job = daemon.completed(&world.publish(&world.small)?.onto("thin-1", "256M"))?;
     ensure!(job["target"] == "lvm:vg0/pool0", "{job:#}");
     world.expect_image("/dev/vg0/thin-1", &world.small)?;
@@ -69,7 +69,7 @@ fn a_configured_target_is_named_either_way(world: &World) -> Result<()> {
     world.vm.write("/var/lib/lvp-targets/config.toml", file.as_bytes())?;
     let mut environment = world.environment("targets");
     set(&mut environment, "LVP_CONFIG", Some("/var/lib/lvp-targets/config.toml"));
-    let daemon = world.serve_in("targets", environment)?;
+    let daemon = world.serve_in("targets", &environment)?;
     let published = world.publish(&world.small)?;
     for (volume, target, layout) in [
         ("by-name", "fast", "thin,sparse"),
@@ -120,7 +120,7 @@ fn curl_lines(world: &World, [provision, status, cancel]: [&str; 3]) -> Result<(
     let minio = world.publish(&image)?.url;
     let mut environment = world.environment("curl");
     set(&mut environment, "LVM_THIN_POOL", Some("pool0"));
-    let _daemon = world.serve_in("curl", environment)?;
+    let _daemon = world.serve_in("curl", &environment)?;
     let submit = format!(
         r#"curl -sS -X POST http://127.0.0.1:8080{provision} \
   -H "Content-Type: application/json" \

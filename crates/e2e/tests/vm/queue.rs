@@ -18,7 +18,7 @@ fn two_jobs_run_and_a_third_waits(world: &World) -> Result<()> {
     let published = world.publish(&world.large)?;
     let mut environment = world.environment("queue");
     set(&mut environment, "MAX_CONCURRENT_JOBS", Some("2"));
-    let daemon = world.serve_in("queue", environment)?;
+    let daemon = world.serve_in("queue", &environment)?;
     world.throttle(SLOW)?;
     let volumes = ["web-1", "web-2", "web-3"];
     let mut ids = Vec::new();

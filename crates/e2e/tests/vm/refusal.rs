@@ -87,7 +87,7 @@ fn an_image_larger_than_its_thin_pool_is_refused(world: &World) -> Result<()> {
     world.vm.run_ok("lvcreate --yes --type thin-pool --name tiny --size 64M vg0")?;
     let mut environment = world.environment("tiny");
     set(&mut environment, "LVM_THIN_POOL", Some("tiny"));
-    let daemon = world.serve_in("tiny", environment)?;
+    let daemon = world.serve_in("tiny", &environment)?;
     let job = daemon.failed(&world.publish(&world.large)?.onto("web", "1G"), "insufficient_space")?;
     ensure!(job["retryable"] == true && job["details"]["free_bytes"] == 64 << 20, "{job:#}");
     ensure!(world.volumes()?.is_empty(), "something is left");
@@ -99,7 +99,7 @@ fn an_image_larger_than_its_thin_pool_is_refused(world: &World) -> Result<()> {
 fn a_group_that_is_not_there_is_named(world: &World) -> Result<()> {
     let mut environment = world.environment("nowhere");
     set(&mut environment, "LVM_VOLUME_GROUP", Some("nowhere"));
-    let daemon = world.serve_in("nowhere", environment)?;
+    let daemon = world.serve_in("nowhere", &environment)?;
     let job = daemon.failed(&world.publish(&world.small)?.onto("web", "64M"), "target_unavailable")?;
     ensure!(job["error"].as_str().is_some_and(|words| words.contains("nowhere")), "{job:#}");
     for path in ["/readyz", "/health"] {

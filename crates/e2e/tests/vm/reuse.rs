@@ -65,7 +65,7 @@ fn no_byte_of_the_volume_s_past_is_left(world: &World) -> Result<()> {
         world.vm.run_ok(&format!("lvchange --addtag backup --addtag owner=somebody vg0/{name}"))?;
         let mut environment = world.environment(name);
         set(&mut environment, "LVM_THIN_POOL", pool);
-        let daemon = world.serve_in(name, environment)?;
+        let daemon = world.serve_in(name, &environment)?;
         daemon.completed(&published.onto(name, "100M"))?;
         world.expect_image(&format!("/dev/vg0/{name}"), &world.small)?;
         let tags = world.tags(name)?;

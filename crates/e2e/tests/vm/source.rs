@@ -48,7 +48,7 @@ fn a_store_that_is_down_is_unreachable(world: &World) -> Result<()> {
     let published = world.publish(&world.small)?;
     let mut environment = world.environment("down");
     set(&mut environment, "MINIO_RETRY_BACKOFF_MS", Some("100,200,300"));
-    let daemon = world.serve_in("down", environment)?;
+    let daemon = world.serve_in("down", &environment)?;
     world.minio.stop();
     let job = daemon.failed(&published.onto("web", "64M"), "source_unreachable")?;
     ensure!(job["details"]["attempts"] == 4 && job["retryable"] == true, "{job:#}");
