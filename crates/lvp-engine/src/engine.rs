@@ -265,7 +265,7 @@ impl Engine {
         }
         let libvirt = self.inner.services.libvirt.clone();
         blocking(move || {
-            let volume = target.backend.find(&name)?.ok_or_else(|| no_volume(&name, &target))?;
+            let volume = provision::find_settled(&*target.backend, &name)?.ok_or_else(|| no_volume(&name, &target))?;
             if volume.tags.made_by_lvp {
                 if !force {
                     return Err(Error::new(

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    in_use::refuse_in_use,
+    in_use::{find_settled, refuse_in_use},
     order::{Order, VolumeOrder},
     plan,
     services::Services,
@@ -130,7 +130,7 @@ impl Context {
         let libvirt = self.services.libvirt.clone();
         let virtual_size = self.virtual_size;
         let before = self.record.clone();
-        let claim = blocking(move || match backend.find(&wanted.name)? {
+        let claim = blocking(move || match find_settled(&*backend, &wanted.name)? {
             // An earlier attempt came to the end, and only that was not recorded. Its user may have the volume by now.
             Some(volume) if before.is_on(&volume) => Ok(None),
             Some(volume) if before.claim == Some(Claim::Make) && volume.tags.job == Some(job) => Ok(Some(Claim::Make)),
@@ -223,7 +223,9 @@ impl Context {
         let (data, virtual_size) = (self.image()?.data_bytes(), self.image()?.virtual_size());
         let target = blocking(move || match claim {
             Claim::Make => {
-                if let Some(volume) = backend.find(&wanted.name)?.filter(|volume| volume.tags.job == Some(job)) {
+                if let Some(volume) =
+                    find_settled(&*backend, &wanted.name)?.filter(|volume| volume.tags.job == Some(job))
+                {
                     // From an attempt that was interrupted. What it wrote is not known, so it is made anew.
                     refuse_in_use(&volume, libvirt.as_ref())?;
                     backend.remove(&wanted.name)?;
@@ -254,7 +256,7 @@ impl Context {
         }
         let (backend, wanted) = self.backend()?;
         let (job, libvirt) = (self.id, self.services.libvirt.clone());
-        blocking(move || match backend.find(&wanted.name)? {
+        blocking(move || match find_settled(&*backend, &wanted.name)? {
             Some(volume) if volume.tags.job == Some(job) => {
                 refuse_in_use(&volume, libvirt.as_ref())?;
                 backend.remove(&wanted.name)
@@ -354,7 +356,7 @@ impl Context {
 }
 
 fn find_existing(backend: &dyn VolumeBackend, wanted: &VolumeOrder) -> Result<Volume> {
-    backend.find(&wanted.name)?.ok_or_else(|| {
+    find_settled(backend, &wanted.name)?.ok_or_else(|| {
         Error::new(ErrorCode::VolumeNotFound, format!("volume {} was removed while the job ran", wanted.name))
             .hint("submit the job again")
             .retry(true)

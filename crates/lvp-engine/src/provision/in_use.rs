@@ -3,15 +3,33 @@
 use std::{
     os::unix::fs::{FileTypeExt, MetadataExt},
     path::Path,
+    thread,
+    time::Duration,
 };
 
-use lvp_api::ErrorCode;
+use lvp_api::{ErrorCode, VolumeName};
 
 use crate::{
     error::{Error, Result},
     host::{block, libvirt::Libvirt},
-    volume::Volume,
+    volume::{Volume, VolumeBackend},
 };
+
+/// udev looks into a device for a moment whenever somebody closed it after writing. It is waited for so many times, so long.
+const SETTLING: u32 = 20;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
+
+/// The volume of this name as it is once nobody has it open for a moment only. Blocks, up to two seconds where somebody
+/// keeps it open.
+pub fn find_settled(backend: &dyn VolumeBackend, name: &VolumeName) -> Result<Option<Volume>> {
+    for _ in 0..SETTLING {
+        match backend.find(name)? {
+            Some(volume) if volume.open => thread::sleep(BETWEEN_LOOKS),
+            settled => return Ok(settled),
+        }
+    }
+    backend.find(name)
+}
 
 /// Why the volume must not be overwritten or removed now; empty when nothing uses it. Blocks.
 ///

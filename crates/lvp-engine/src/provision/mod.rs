@@ -21,7 +21,7 @@ use lvp_api::JobKind;
 
 pub use self::{
     context::Context,
-    in_use::{refuse_in_use, users},
+    in_use::{find_settled, refuse_in_use, users},
     order::Order,
     plan::plan,
     services::Services,
