@@ -19,7 +19,7 @@ use crate::{
 /// How long it may take to come up.
 const START: Duration = Duration::from_secs(60);
 /// How long a provision may take.
-const JOB: Duration = Duration::from_secs(120);
+const JOB: Duration = Duration::from_secs(300);
 /// How long to leave it alone between two looks at a job.
 const POLL: Duration = Duration::from_millis(50);
 

@@ -44,7 +44,7 @@ const SUBJECTS: &[(&str, &[Scenario])] = &[
 ];
 
 /// What one job, or one command that waits for a job, may take in the emulated machine.
-const JOB: Duration = Duration::from_secs(120);
+const JOB: Duration = Duration::from_secs(300);
 
 /// Booted by the first scenario that runs, so that `--list` does not.
 type Shared = Arc<OnceLock<Result<World>>>;

@@ -1,7 +1,5 @@
 //! Sources that fail: what is said, that nothing is left, and that what can pass is tried again.
 
-use std::time::Duration;
-
 use anyhow::{Result, ensure};
 use e2e::bed::{BUCKET, World, set};
 
@@ -66,7 +64,7 @@ fn a_store_that_restarts_is_no_failure(world: &World) -> Result<()> {
     })?;
     world.minio.stop();
     world.minio.restart()?;
-    let job = daemon.job_completed(&id, Duration::from_secs(180))?;
+    let job = daemon.job_completed(&id, JOB)?;
     ensure!(daemon.process.log()?.contains("trying again"), "the download was over before: {job:#}");
     world.expect_image("/dev/vg0/web", &world.large)
 }
