@@ -6,6 +6,7 @@
 
 #[cfg(feature = "client")]
 pub mod client;
+mod content;
 mod digest;
 mod error;
 mod health;
@@ -18,6 +19,7 @@ mod size;
 mod target;
 mod volume;
 
+pub use content::ContentDigest;
 pub use digest::{Digest, DigestAlgorithm};
 pub use error::{ErrorBody, ErrorCode, exit};
 pub use health::{Check, Health, HealthStatus};
