@@ -42,6 +42,7 @@ pub struct Page {
     stalls: Vec<u64>,
     pace: Option<(usize, Duration)>,
     no_ranges: bool,
+    ignores_ranges: bool,
     ignores_if_match: bool,
     chunked: bool,
     announced: Option<u64>,
@@ -137,6 +138,13 @@ impl Page {
     #[must_use]
     pub fn no_ranges(mut self) -> Self {
         self.no_ranges = true;
+        self
+    }
+
+    /// Says that it has ranges, but always answers with 200 and everything.
+    #[must_use]
+    pub fn ignores_ranges(mut self) -> Self {
+        self.ignores_ranges = true;
         self
     }
 
@@ -418,7 +426,7 @@ fn answer(page: &mut Page, request: &Received) -> Answer {
 fn content(page: &mut Page, request: &Received) -> Answer {
     let size = page.body.len();
     let mut headers = page.headers.clone();
-    let range = request.header("range").filter(|_| !page.no_ranges && request.method == "GET");
+    let range = request.header("range").filter(|_| !page.no_ranges && !page.ignores_ranges && request.method == "GET");
     let (status, from, to) = match range.map(|range| parse_range(range, size)) {
         None => (200, 0, size),
         Some(Some((from, to))) => (206, from, to),

@@ -29,7 +29,7 @@ pub use name::VolumeName;
 pub use plan::{Plan, VolumeAction};
 pub use request::ProvisionRequest;
 pub use size::{ByteSize, GIB, MIB};
-pub use target::TargetSpec;
+pub use target::{TargetSpec, ZeroPolicy};
 pub use volume::Volume;
 
 /// A value of the vocabulary that cannot be: which rule it breaks, in one sentence.

@@ -4,7 +4,41 @@
 
 use std::{fmt, path::PathBuf, str::FromStr};
 
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
 use crate::Invalid;
+
+/// Which bytes of a volume are made zero, beside those that the image has as zeros.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ZeroPolicy {
+    /// All that are not the image's: after a provision no byte of before is left.
+    #[default]
+    Full,
+    /// Those up to the end of the image's disk; what lies behind is left as it was. For volumes that are known to be clean.
+    Image,
+}
+
+impl ZeroPolicy {
+    /// The name on the wire.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Image => "image",
+        }
+    }
+}
+
+impl FromStr for ZeroPolicy {
+    type Err = Invalid;
+
+    fn from_str(text: &str) -> Result<Self, Invalid> {
+        [Self::Full, Self::Image].into_iter().find(|policy| policy.name() == text).ok_or_else(|| {
+            Invalid(format!("'{}' says not what is zeroed; there are full and image", text.escape_debug()))
+        })
+    }
+}
 
 /// A place for volumes that a request or the configuration names.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]

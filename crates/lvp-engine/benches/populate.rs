@@ -85,7 +85,7 @@ fn one_copy(arguments: &[String]) -> Anyhow<()> {
     let [image, format, target, reads_zero, workers] = arguments else { return Err("wrong arguments".into()) };
     let image = Image::open_file(Path::new(image), format.parse::<ImageFormat>().map_err(|error| error.0)?)?;
     let target = BlockTarget { path: target.into(), size: VOLUME, reads_zero: reads_zero == "true" };
-    let options = PopulateOptions { workers: workers.parse()? };
+    let options = PopulateOptions { workers: workers.parse()?, ..PopulateOptions::default() };
     let done = populate(&image, &target, &options, &Progress::default())?;
     sync(&target)?;
     let status = fs::read_to_string("/proc/self/status")?;

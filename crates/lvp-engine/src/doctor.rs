@@ -43,7 +43,7 @@ fn seen(name: &str, status: HealthStatus, message: impl Into<String>, hint: Opti
 }
 
 fn uses_lvm(settings: &EngineSettings) -> bool {
-    settings.targets.values().any(|target| matches!(target, TargetSpec::Lvm { .. }))
+    settings.targets.values().any(|target| matches!(target.spec, TargetSpec::Lvm { .. }))
 }
 
 fn user(settings: &EngineSettings) -> Check {

@@ -317,7 +317,8 @@ fn libvirt(settings: &EngineSettings) -> (Option<Libvirt>, bool) {
         LibvirtSetting::Off => (None, false),
         LibvirtSetting::Uri(uri) => (Some(Libvirt::new(uri.clone())), true),
         LibvirtSetting::Automatic => {
-            let required = settings.targets.values().any(|target| matches!(target, lvp_api::TargetSpec::Lvm { .. }));
+            let required =
+                settings.targets.values().any(|target| matches!(target.spec, lvp_api::TargetSpec::Lvm { .. }));
             let there =
                 LIBVIRT_SOCKETS.iter().any(|socket| rustix::fs::access(*socket, rustix::fs::Access::WRITE_OK).is_ok());
             ((required || there).then(|| Libvirt::new(LIBVIRT_URI)), required)

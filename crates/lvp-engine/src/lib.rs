@@ -7,6 +7,7 @@
 //!  row 3   settings health           what it is told, what it tells of itself
 //!  row 2   provision                 the use case as a list of steps: where the siblings below meet
 //!  row 1   image format volume job   sources and cache · readers and copy · backends · queue, runner, store
+//!  row 0   watermark                 how far a file is good
 //!  row 0   host db progress metrics task
 //!  row 0   error
 //! ```
@@ -41,10 +42,15 @@ pub mod host;
 mod progress;
 #[cfg(feature = "bench")]
 pub mod progress;
+#[cfg(not(feature = "bench"))]
+mod watermark;
+#[cfg(feature = "bench")]
+pub mod watermark;
 
 pub use engine::Engine;
 pub use error::{Error, Result};
 pub use metrics::describe as describe_metrics;
 pub use settings::{
-    Caller, Credentials, EngineSettings, LibvirtSetting, LockRetry, Recovery, Secret, SourceSettings, parse_endpoint,
+    Caller, Credentials, EngineSettings, LibvirtSetting, LockRetry, Recovery, Secret, SourceSettings, TargetSettings,
+    parse_endpoint,
 };

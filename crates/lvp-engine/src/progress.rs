@@ -34,16 +34,23 @@ pub enum Stop {
 /// A shared handle; clones are the same progress.
 #[derive(Clone, Default)]
 pub struct Progress {
-    inner: Arc<Inner>,
+    counts: Arc<Counts>,
+    stopping: Arc<Stopping>,
 }
 
 #[derive(Default)]
-struct Inner {
+struct Counts {
     processed: AtomicU64,
     total: AtomicU64,
     percent: AtomicU8,
     stage: Mutex<StageClock>,
-    stop: Mutex<Option<Stop>>,
+    /// The counts of a piece of work beside, where those are shown.
+    shown: Mutex<Option<Arc<Counts>>>,
+}
+
+#[derive(Default)]
+struct Stopping {
+    reason: Mutex<Option<Stop>>,
     token: CancellationToken,
 }
 
@@ -67,57 +74,69 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// populate take most of the time.
 fn share(stage: Stage) -> (u8, u8) {
     match stage {
-        Stage::Queued => (0, 0),
+        Stage::Queued | Stage::CreatingVolume => (0, 0),
         Stage::Downloading => (0, 50),
-        Stage::Verifying => (50, 60),
-        Stage::CreatingVolume => (60, 62),
+        Stage::Verifying => (50, 62),
         Stage::Populating => (62, 97),
         Stage::Finalizing => (97, 99),
     }
 }
 
 impl Progress {
+    /// The progress of work that goes on beside, in the same job: it stops with the job, but counts for itself. It is not
+    /// shown until [`show`](Self::show).
+    #[must_use]
+    pub fn beside(&self) -> Self {
+        Self { counts: Arc::default(), stopping: self.stopping.clone() }
+    }
+
+    /// Shows another piece of work's counts as the job's own, until the next stage begins.
+    pub fn show(&self, beside: &Self) {
+        *locked(&self.counts.shown) = Some(beside.counts.clone());
+    }
+
     /// Begins a stage of `total` bytes (0: not known).
     pub fn enter(&self, stage: Stage, total: u64) {
-        let mut clock = locked(&self.inner.stage);
+        *locked(&self.counts.shown) = None;
+        let mut clock = locked(&self.counts.stage);
         clock.stage = stage;
         clock.samples.clear();
-        self.inner.processed.store(0, Ordering::Relaxed);
-        self.inner.total.store(total, Ordering::Relaxed);
+        self.counts.processed.store(0, Ordering::Relaxed);
+        self.counts.total.store(total, Ordering::Relaxed);
     }
 
     /// Says how many bytes the stage has, once known.
     pub fn set_total(&self, total: u64) {
-        self.inner.total.store(total, Ordering::Relaxed);
+        self.counts.total.store(total, Ordering::Relaxed);
     }
 
     /// Counts bytes done.
     pub fn advance(&self, bytes: u64) {
-        self.inner.processed.fetch_add(bytes, Ordering::Relaxed);
+        self.counts.processed.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Sets the bytes done, for a stage that starts in the middle or again.
     pub fn set_processed(&self, bytes: u64) {
-        self.inner.processed.store(bytes, Ordering::Relaxed);
+        self.counts.processed.store(bytes, Ordering::Relaxed);
     }
 
     /// Tells the job to stop. The first reason stays, but a user's cancel outranks a shutdown.
     pub fn stop(&self, reason: Stop) {
-        let mut stop = locked(&self.inner.stop);
+        let mut stop = locked(&self.stopping.reason);
         if stop.is_none() || reason == Stop::Cancel {
             *stop = Some(reason);
         }
-        self.inner.token.cancel();
+        self.stopping.token.cancel();
     }
 
     /// Why the job shall stop, if it shall.
     pub fn stop_reason(&self) -> Option<Stop> {
-        *locked(&self.inner.stop)
+        *locked(&self.stopping.reason)
     }
 
     /// An error when the job shall stop; to be asked at least every few MiB.
     pub fn check(&self) -> Result<()> {
-        if !self.inner.token.is_cancelled() {
+        if !self.stopping.token.is_cancelled() {
             return Ok(());
         }
         Err(match self.stop_reason() {
@@ -130,7 +149,7 @@ impl Progress {
 
     /// Waits until the job shall stop.
     pub async fn stopped(&self) {
-        self.inner.token.cancelled().await;
+        self.stopping.token.cancelled().await;
     }
 
     /// Runs a future, but no longer than until the job shall stop.
@@ -144,26 +163,34 @@ impl Progress {
 
     /// The numbers now.
     pub fn snapshot(&self) -> lvp_api::Progress {
-        let mut clock = locked(&self.inner.stage);
-        let total = self.inner.total.load(Ordering::Relaxed);
-        let mut processed = self.inner.processed.load(Ordering::Relaxed);
+        let shown = locked(&self.counts.shown).clone();
+        let mut snapshot = shown.as_ref().unwrap_or(&self.counts).snapshot();
+        snapshot.percent = self.counts.percent.fetch_max(snapshot.percent, Ordering::Relaxed).max(snapshot.percent);
+        snapshot
+    }
+}
+
+impl Counts {
+    /// The numbers now; the percentage may go back here.
+    fn snapshot(&self) -> lvp_api::Progress {
+        let mut clock = locked(&self.stage);
+        let total = self.total.load(Ordering::Relaxed);
+        let mut processed = self.processed.load(Ordering::Relaxed);
         if total > 0 {
             processed = processed.min(total);
         }
         let (from, to) = share(clock.stage);
         let done = if total == 0 { 0.0 } else { processed as f64 / total as f64 };
-        let percent = from + (f64::from(to - from) * done) as u8;
-        let percent = self.inner.percent.fetch_max(percent, Ordering::Relaxed).max(percent);
         let bytes_per_second = clock.rate(Instant::now(), processed);
-        let seconds_left =
-            bytes_per_second.filter(|rate| *rate > 0 && total > 0).map(|rate| (total - processed).div_ceil(rate));
         lvp_api::Progress {
             stage: clock.stage,
-            percent,
+            percent: from + (f64::from(to - from) * done) as u8,
             bytes_processed: processed,
             bytes_total: total,
             bytes_per_second,
-            seconds_left,
+            seconds_left: bytes_per_second
+                .filter(|rate| *rate > 0 && total > 0)
+                .map(|rate| (total - processed).div_ceil(rate)),
         }
     }
 }
@@ -207,6 +234,24 @@ mod tests {
         assert_eq!(progress.snapshot().percent, 50);
         progress.enter(Stage::Finalizing, 0);
         assert_eq!(progress.snapshot().percent, 97);
+    }
+
+    #[test]
+    fn work_beside_is_shown_when_told_and_stops_with_the_job() {
+        let progress = Progress::default();
+        let beside = progress.beside();
+        progress.enter(Stage::Downloading, 100);
+        beside.enter(Stage::Populating, 10);
+        beside.advance(5);
+        assert_eq!(progress.snapshot().bytes_processed, 0);
+        progress.show(&beside);
+        let shown = progress.snapshot();
+        assert_eq!((shown.stage, shown.bytes_processed, shown.percent), (Stage::Populating, 5, 79));
+        progress.enter(Stage::Downloading, 100);
+        let again = progress.snapshot();
+        assert_eq!((again.stage, again.bytes_processed, again.percent), (Stage::Downloading, 0, 79));
+        progress.stop(Stop::Cancel);
+        assert!(beside.check().is_err());
     }
 
     #[test]

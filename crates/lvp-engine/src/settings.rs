@@ -3,12 +3,10 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use lvp_api::TargetSpec;
-
 pub use crate::{
     image::{Credentials, Secret, SourceSettings, parse_endpoint},
     job::Recovery,
-    volume::LockRetry,
+    volume::{LockRetry, TargetSettings},
 };
 
 /// libvirt's pool that holds the cache, as the seed named it.
@@ -50,7 +48,7 @@ pub struct EngineSettings {
     /// How sources are reached.
     pub sources: SourceSettings,
     /// The targets, by name; the one called `default` is meant when none is named.
-    pub targets: BTreeMap<String, TargetSpec>,
+    pub targets: BTreeMap<String, TargetSettings>,
     /// How LVM's commands are tried again.
     pub lock_retry: LockRetry,
     /// libvirt.

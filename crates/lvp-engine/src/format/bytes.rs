@@ -7,6 +7,7 @@ use std::{
     ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use lvp_api::ErrorCode;
@@ -15,7 +16,11 @@ use rustix::{
     io::Errno,
 };
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    progress::Progress,
+    watermark::Watermark,
+};
 
 /// The stored bytes of an image, readable anywhere by many threads at once. Reads block.
 pub trait Bytes: Send + Sync {
@@ -66,9 +71,13 @@ impl FileBytes {
         }
         let file = File::open(path).map_err(opening)?;
         let length = file.metadata().map_err(opening)?.len();
+        Ok(Self::new(file, path.to_owned(), length))
+    }
+
+    fn new(file: File, path: PathBuf, length: u64) -> Self {
         // Only advice: a file system that does not take it reads as well, if slower.
         let _ = fadvise(&file, 0, None, Advice::Sequential);
-        Ok(Self { file, length, path: path.to_owned() })
+        Self { file, length, path }
     }
 }
 
@@ -98,5 +107,50 @@ impl Bytes for FileBytes {
 
     fn name(&self) -> String {
         self.path.display().to_string()
+    }
+}
+
+/// A file's bytes while it is filled or checked: a read waits until the mark says that what it reads is good.
+pub struct GrowingBytes {
+    file: FileBytes,
+    mark: Arc<Watermark>,
+    progress: Progress,
+    /// Whether all of the file is there, so that its holes are known.
+    whole: bool,
+}
+
+impl GrowingBytes {
+    /// A file that is being filled and will have `length` bytes; `path` is for errors.
+    pub fn filling(file: File, path: PathBuf, length: u64, mark: Arc<Watermark>, progress: Progress) -> Self {
+        Self { file: FileBytes::new(file, path, length), mark, progress, whole: false }
+    }
+
+    /// A file that is there and being checked.
+    ///
+    /// # Errors
+    /// As [`FileBytes::open`].
+    pub fn checking(path: &Path, mark: Arc<Watermark>, progress: Progress) -> Result<Self> {
+        Ok(Self { file: FileBytes::open(path)?, mark, progress, whole: true })
+    }
+}
+
+impl Bytes for GrowingBytes {
+    fn len(&self) -> u64 {
+        self.file.len()
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        let end = offset.saturating_add(buffer.len() as u64);
+        self.mark.wait(end, &self.progress)?;
+        // A file that its writer begins again is shorter than it was: then the mark says why.
+        self.file.read_exact_at(buffer, offset).map_err(|error| self.mark.failure().unwrap_or(error))
+    }
+
+    fn data_after(&self, offset: u64) -> Result<Option<Range<u64>>> {
+        if self.whole { self.file.data_after(offset) } else { Ok((offset < self.len()).then(|| offset..self.len())) }
+    }
+
+    fn name(&self) -> String {
+        self.file.name()
     }
 }

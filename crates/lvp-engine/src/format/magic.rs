@@ -40,7 +40,7 @@ const VHD_FOOTER: (&[u8], u64) = (b"conectix", 512);
 /// As much of a file's head as is looked at.
 const HEAD: u64 = 128;
 
-/// Checks that the file is of the declared format, as far as its first and last bytes say.
+/// Checks that the file is of the declared format, as far as its first bytes say.
 ///
 /// # Errors
 /// `image_invalid` for an empty file, `image_type_mismatch` for a contradiction.
@@ -61,18 +61,21 @@ pub fn check(bytes: &dyn Bytes, declared: ImageFormat) -> Result<()> {
         ImageFormat::Raw if is_qcow2 => Err(mismatch(bytes, declared, "a qcow2 image")),
         ImageFormat::Raw => match other {
             Some((what, ..)) => Err(mismatch(bytes, declared, what)),
-            None if has_vhd_footer(bytes)? => Err(mismatch(bytes, declared, "a VHD image")),
             None => Ok(()),
         },
     }
 }
 
-fn has_vhd_footer(bytes: &dyn Bytes) -> Result<bool> {
+/// Checks the same of a raw disk's last bytes.
+///
+/// # Errors
+/// `image_type_mismatch` for a contradiction.
+pub fn check_end(bytes: &dyn Bytes, declared: ImageFormat) -> Result<()> {
     let (magic, distance) = VHD_FOOTER;
-    let Some(offset) = bytes.len().checked_sub(distance) else { return Ok(false) };
+    let Some(offset) = bytes.len().checked_sub(distance) else { return Ok(()) };
     let mut footer = vec![0; magic.len()];
     bytes.read_exact_at(&mut footer, offset)?;
-    Ok(footer == magic)
+    if footer == magic { Err(mismatch(bytes, declared, "a VHD image")) } else { Ok(()) }
 }
 
 fn mismatch(bytes: &dyn Bytes, declared: ImageFormat, found: &str) -> Error {

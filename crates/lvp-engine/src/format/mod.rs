@@ -5,14 +5,16 @@
 //! number in it is bounded before it is used; and no memory depends on its size.
 //!
 //! ```text
-//! Bytes        where the stored bytes come from: a file here, a remote object elsewhere
-//! inspect      the cheap gate: header and first table, few reads, for before a byte is fetched or reserved
-//! Image::open  the whole gate: every table
-//! populate     image → target, in parallel; after it every byte of the target is image or zero
+//! Bytes           where the stored bytes come from: a file here, a remote object elsewhere
+//! inspect         the cheap gate: header and first table, few reads, for before a byte is fetched or reserved
+//! Image::open     the whole gate: every table
+//! Image::unproven behind the cheap gate only: to write a new volume while the image still comes
+//! populate        image → target, in parallel; after it every byte of the target is image or zero
 //! ```
 //! It leaves out fetching, digests and making volumes.
 
 mod bytes;
+mod content;
 mod error;
 mod magic;
 mod populate;
@@ -25,7 +27,7 @@ use std::{path::Path, sync::Arc};
 
 use lvp_api::{ErrorCode, ImageFormat};
 
-pub use bytes::{Bytes, FileBytes};
+pub use bytes::{Bytes, FileBytes, GrowingBytes};
 pub use populate::{PopulateOptions, Populated, populate, sync};
 pub use qcow2::Decoder;
 
@@ -35,7 +37,7 @@ use crate::error::{Error, Result};
 pub const VIRTUAL_SIZE_LIMIT: u64 = 1 << 50;
 
 /// What an image's header says, found to be possible.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
     /// The size of the disk in the image, in bytes; not always a multiple of 512.
     pub virtual_size: u64,
@@ -44,7 +46,7 @@ pub struct Header {
     layout: Layout,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Layout {
     Raw,
     Qcow2(qcow2::Header),
@@ -80,6 +82,16 @@ pub enum Content {
     },
 }
 
+impl Header {
+    /// About how many bytes the whole gate reads: of the image's tables, or of nothing.
+    pub fn table_bytes(&self) -> u64 {
+        match &self.layout {
+            Layout::Raw => 0,
+            Layout::Qcow2(header) => header.l1_used().saturating_mul(header.cluster_size()),
+        }
+    }
+}
+
 /// The cheap gate: checks the header, its extensions and the first level of tables, by a few small reads.
 ///
 /// # Errors
@@ -109,7 +121,8 @@ pub fn inspect(bytes: &dyn Bytes, declared: ImageFormat) -> Result<Header> {
     Ok(Header { virtual_size, stored_size: bytes.len(), layout })
 }
 
-/// An image that passed the whole gate.
+/// An image that can be read. Only one that passed the whole gate may be written to a volume that was there before, or
+/// kept in the cache.
 pub struct Image {
     bytes: Arc<dyn Bytes>,
     header: Header,
@@ -124,10 +137,26 @@ impl Image {
     pub fn open(bytes: Arc<dyn Bytes>, declared: ImageFormat) -> Result<Self> {
         let header = inspect(&*bytes, declared)?;
         let data_bytes = match &header.layout {
-            Layout::Raw => raw::data_bytes(&*bytes)?,
+            Layout::Raw => {
+                magic::check_end(&*bytes, declared)?;
+                raw::data_bytes(&*bytes)?
+            }
             Layout::Qcow2(header) => qcow2::check(&*bytes, header)?,
         };
         Ok(Self { bytes, header, data_bytes })
+    }
+
+    /// An image behind the cheap gate only: `header` is what [`inspect`] said of it. Each entry of its tables is checked
+    /// when it is read, so that reading it is safe; the tables are not held against one another. `data_bytes`, where it
+    /// is known, is for showing progress.
+    pub fn unproven(bytes: Arc<dyn Bytes>, header: Header, data_bytes: Option<u64>) -> Self {
+        let data_bytes = data_bytes.unwrap_or(header.virtual_size);
+        Self { bytes, header, data_bytes }
+    }
+
+    /// What its header says.
+    pub fn header(&self) -> &Header {
+        &self.header
     }
 
     /// [`open`](Self::open) for a local file.

@@ -16,14 +16,15 @@ use std::{
     thread,
 };
 
-use lvp_api::{ErrorCode, Stage};
+use lvp_api::{ContentDigest, ErrorCode, Stage, ZeroPolicy};
 use plan::{Piece, Plan};
+use serde::{Deserialize, Serialize};
 use worker::Worker;
 
-use super::Image;
+use super::{Image, content::ContentHasher};
 use crate::{
     error::{Error, Result},
-    host::block::{BlockTarget, OpenTarget},
+    host::block::{BLOCK, BlockTarget, OpenTarget},
     progress::Progress,
 };
 
@@ -36,6 +37,8 @@ pub struct PopulateOptions {
     /// Threads, 1 to [`WORKERS_LIMIT`](Self::WORKERS_LIMIT); each holds about 3 MiB, or two clusters where those are
     /// larger.
     pub workers: usize,
+    /// Which bytes are made zero.
+    pub zero: ZeroPolicy,
 }
 
 impl PopulateOptions {
@@ -46,29 +49,46 @@ impl PopulateOptions {
 impl Default for PopulateOptions {
     /// Two threads for each processor: one decodes while the other waits for the target. At most 16.
     fn default() -> Self {
-        Self { workers: thread::available_parallelism().map_or(2, usize::from).saturating_mul(2).min(16) }
+        let workers = thread::available_parallelism().map_or(2, usize::from).saturating_mul(2).min(16);
+        Self { workers, zero: ZeroPolicy::Full }
     }
 }
 
-/// What a copy did. Written, zeroed and skipped bytes are together the target's size.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+/// What a copy did. Written, zeroed, skipped and left bytes are together the target's size.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Populated {
+    /// What was done, in bytes.
+    #[serde(flatten)]
+    pub counts: Counts,
+    /// The digest of what the target holds now.
+    pub content: ContentDigest,
+}
+
+/// The bytes of a copy.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
     /// Bytes of the disk that were read from the image and, where compressed, decoded.
     pub bytes_decoded: u64,
     /// Bytes written; where the target does not read zero, short runs of zeros between data are among them.
     pub bytes_written: u64,
     /// Bytes made zero by the target, or by writing zeros where it cannot.
     pub bytes_zeroed: u64,
+    /// Those of them that were zeroed by one command to the device or file system for many.
+    pub bytes_offloaded: u64,
     /// Bytes left alone, because they read as zero before.
     pub bytes_skipped: u64,
+    /// Bytes behind the image that were left as they were, because nobody wanted them zeroed.
+    pub bytes_left: u64,
 }
 
-impl std::ops::AddAssign for Populated {
+impl std::ops::AddAssign for Counts {
     fn add_assign(&mut self, other: Self) {
         self.bytes_decoded += other.bytes_decoded;
         self.bytes_written += other.bytes_written;
         self.bytes_zeroed += other.bytes_zeroed;
+        self.bytes_offloaded += other.bytes_offloaded;
         self.bytes_skipped += other.bytes_skipped;
+        self.bytes_left += other.bytes_left;
     }
 }
 
@@ -91,7 +111,11 @@ pub fn populate(
     }
     progress.check()?;
     let open = OpenTarget::open(target)?;
-    let total = if target.reads_zero { image.data_bytes() } else { target.size };
+    let end = match options.zero {
+        ZeroPolicy::Full => target.size,
+        ZeroPolicy::Image => image.virtual_size().next_multiple_of(BLOCK as u64).min(target.size),
+    };
+    let total = if target.reads_zero { image.data_bytes() } else { end };
     progress.enter(Stage::Populating, total);
     let chunk = CHUNK.max(image.cluster_size());
     let copy = Copy {
@@ -100,14 +124,19 @@ pub fn populate(
         reads_zero: target.reads_zero,
         chunk,
         progress,
-        plan: Mutex::new(Plan::new(image.extents(), target.size, chunk)),
+        plan: Mutex::new(Plan::new(image.extents(), end, chunk)),
+        content: ContentHasher::default(),
         stopped: AtomicBool::new(false),
     };
-    let workers = options.workers.clamp(1, PopulateOptions::WORKERS_LIMIT);
+    let mut counts = run_workers(&copy, options.workers.clamp(1, PopulateOptions::WORKERS_LIMIT))?;
+    counts.bytes_left = target.size - end;
+    Ok(Populated { counts, content: copy.content.finish() })
+}
+
+fn run_workers(copy: &Copy<'_>, workers: usize) -> Result<Counts> {
     thread::scope(|scope| {
         let mut threads = Vec::with_capacity(workers);
         for index in 0..workers {
-            let copy = &copy;
             let work = move || copy.guarded(|| Worker::new(copy)?.run());
             match thread::Builder::new().name(format!("populate-{index}")).spawn_scoped(scope, work) {
                 Ok(thread) => threads.push(thread),
@@ -138,12 +167,13 @@ struct Copy<'a> {
     chunk: u64,
     progress: &'a Progress,
     plan: Mutex<Plan<'a>>,
+    content: ContentHasher,
     stopped: AtomicBool,
 }
 
 impl Copy<'_> {
     /// Runs a worker; however it ends but well, the others stop.
-    fn guarded(&self, work: impl FnOnce() -> Result<Populated>) -> Result<Populated> {
+    fn guarded(&self, work: impl FnOnce() -> Result<Counts>) -> Result<Counts> {
         struct StopOthers<'a>(Option<&'a AtomicBool>);
         impl Drop for StopOthers<'_> {
             fn drop(&mut self) {
@@ -170,8 +200,8 @@ impl Copy<'_> {
 }
 
 /// Waits for all workers; the first error in their order counts, a panic last.
-fn collect(threads: Vec<thread::ScopedJoinHandle<'_, Result<Populated>>>) -> Result<Populated> {
-    let mut sum = Populated::default();
+fn collect(threads: Vec<thread::ScopedJoinHandle<'_, Result<Counts>>>) -> Result<Counts> {
+    let mut sum = Counts::default();
     let mut failed: Option<Error> = None;
     for thread in threads {
         match thread.join() {

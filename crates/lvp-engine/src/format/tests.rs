@@ -13,17 +13,18 @@ use std::{
     ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use e2e::images;
-use lvp_api::ImageFormat;
+use lvp_api::{ImageFormat, ZeroPolicy};
 
-use super::{Bytes, Image, PopulateOptions, Populated, populate, sync};
-use crate::{error::Result, host::block::BlockTarget, progress::Progress};
+use super::{Bytes, FileBytes, GrowingBytes, Image, PopulateOptions, inspect, populate, populate::Counts, sync};
+use crate::{error::Result, host::block::BlockTarget, progress::Progress, watermark::Watermark};
 
 /// What a used volume has in it before.
 const OLD: u8 = 0xaa;
-const OPTIONS: PopulateOptions = PopulateOptions { workers: 2 };
+const OPTIONS: PopulateOptions = PopulateOptions { workers: 2, zero: ZeroPolicy::Full };
 
 /// An image in memory.
 struct Memory(Vec<u8>);
@@ -63,11 +64,11 @@ fn sparse_file(path: &Path, size: u64) {
 }
 
 /// Populates and flushes, and checks that what was done accounts for every byte.
-fn filled(image: &Image, path: &Path, reads_zero: bool) -> Populated {
+fn filled(image: &Image, path: &Path, reads_zero: bool) -> Counts {
     let size = fs::metadata(path).unwrap().len();
     let target = BlockTarget { path: path.to_owned(), size, reads_zero };
     let progress = Progress::default();
-    let done = populate(image, &target, &OPTIONS, &progress).unwrap();
+    let done = populate(image, &target, &OPTIONS, &progress).unwrap().counts;
     sync(&target).unwrap();
     assert_eq!(done.bytes_written + done.bytes_zeroed + done.bytes_skipped, size);
     assert_eq!(done.bytes_decoded, image.data_bytes());
@@ -95,7 +96,31 @@ fn assert_content(path: &Path, expected: &[u8], what: &str) {
     }
 }
 
-/// The proof: our output over old data and into a sparse file, with a tail, equals `qemu-img convert`'s.
+/// Populates a new file with an image that comes bit by bit.
+fn filled_along(path: &Path, format: ImageFormat, target: &Path) {
+    let (mark, progress) = (Arc::<Watermark>::default(), Progress::default());
+    let header = inspect(&FileBytes::open(path).unwrap(), format).unwrap();
+    let stored = header.stored_size;
+    let bytes =
+        GrowingBytes::filling(File::open(path).unwrap(), path.to_owned(), stored, mark.clone(), progress.clone());
+    let image = Image::unproven(Arc::new(bytes), header, None);
+    let comes = std::thread::spawn(move || {
+        let mut random = fastrand::Rng::with_seed(stored);
+        let mut at = 0;
+        while at < stored {
+            at += random.u64(1..=stored.div_ceil(4).max(2));
+            mark.advance(at.min(stored));
+            std::thread::yield_now();
+        }
+    });
+    let size = fs::metadata(target).unwrap().len();
+    let target = BlockTarget { path: target.to_owned(), size, reads_zero: true };
+    populate(&image, &target, &OPTIONS, &progress).unwrap();
+    comes.join().unwrap();
+}
+
+/// The proof: our output over old data, into a sparse file and while the image still comes, with a tail, equals
+/// `qemu-img convert`'s.
 fn assert_as_qemu(directory: &Path, path: &Path, format: ImageFormat, what: &str) {
     let raw = directory.join("expected.raw");
     images::raw_from(path, format.name(), &raw).unwrap();
@@ -110,6 +135,10 @@ fn assert_as_qemu(directory: &Path, path: &Path, format: ImageFormat, what: &str
     sparse_file(&target, size);
     filled(&image, &target, true);
     assert_content(&target, &expected, &format!("{what}, into zeros"));
+    fs::remove_file(&target).unwrap();
+    sparse_file(&target, size);
+    filled_along(path, format, &target);
+    assert_content(&target, &expected, &format!("{what}, while it comes"));
     for file in [&raw, &target] {
         fs::remove_file(file).unwrap();
     }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     error::{Error, Result},
     progress::Progress,
+    watermark::Watermark,
 };
 
 /// Bytes of a chunk. The last one of an image may be shorter.
@@ -68,11 +69,12 @@ impl ChunkHasher {
 }
 
 impl Chunks {
-    /// Reads a file from its begin to its end and compares each chunk; `progress` counts.
+    /// Reads a file from its begin to its end and compares each chunk; `progress` counts, and `mark` follows.
     ///
     /// # Errors
-    /// `checksum_mismatch` when the file is not what it was; the stop of the job; `input_output`.
-    pub fn compare(&self, path: &Path, progress: &Progress) -> Result<()> {
+    /// `checksum_mismatch` when the file is not what it was; the stop of the job; `interrupted` when its reader has failed
+    /// the mark; `input_output`.
+    pub fn compare(&self, path: &Path, mark: &Watermark, progress: &Progress) -> Result<()> {
         let failed = |error| Error::io("reading", path, error);
         let mut file = File::open(path).map_err(failed)?;
         let mut buffer = vec![0; READ.min(self.size.max(1))];
@@ -80,6 +82,9 @@ impl Chunks {
         let mut expected = self.blake3.iter();
         loop {
             progress.check()?;
+            if mark.has_failed() {
+                return Err(Error::new(ErrorCode::Interrupted, "nobody reads the image any more"));
+            }
             let most = buffer.len().min(self.size - filled);
             let count = file.read(&mut buffer[..most]).map_err(failed)?;
             hasher.update(&buffer[..count]);
@@ -90,6 +95,7 @@ impl Chunks {
                 if expected.next().is_none_or(|digest| *digest != hasher.finalize().to_hex().as_str()) {
                     return Err(damaged(path, offset - filled as u64));
                 }
+                mark.advance(offset);
                 hasher.reset();
                 filled = 0;
             }
@@ -125,7 +131,7 @@ mod tests {
     fn compare(bytes: &[u8], chunks: &Chunks) -> Result<()> {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), bytes).unwrap();
-        chunks.compare(file.path(), &Progress::default())
+        chunks.compare(file.path(), &Watermark::default(), &Progress::default())
     }
 
     #[test]

@@ -6,7 +6,7 @@
 //!    .lvp/
 //!      lock                          held while the cache is open; holds the owner's process id
 //!      <image name>.json             sidecar
-//!      <key>.partial                 a download under way
+//!      <key>.partial (.json)         a download under way, or left by an interrupted run
 //!      <image name>.corrupt          an image that lost its digest; removed at the next start
 //! ```
 //! A file without a sidecar is not ours and never touched. A file whose size is not its sidecar's was changed by someone
@@ -18,12 +18,13 @@ use std::{
     io,
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
+    time::{Duration, SystemTime},
 };
 
 use lvp_api::{Digest, ErrorCode, ImageFormat};
 use rustix::fs::{CWD, RenameFlags};
 
-use super::sidecar::Sidecar;
+use super::{partial, sidecar::Sidecar};
 use crate::{
     error::{Error, Result},
     host::lock::Lock,
@@ -31,10 +32,20 @@ use crate::{
 
 /// The directory for everything that is not an image.
 const PRIVATE: &str = ".lvp";
+/// What an interrupted run left of a download is kept so long for its job to come back.
+const LEFT_FOR: Duration = Duration::from_secs(24 * 60 * 60);
 /// Longest stem of an image's name, in bytes: with digest, format and `.json` it stays far below 255.
 const LONGEST_STEM: usize = 80;
 /// Digits of the digest in a name.
 const SHORT_DIGEST: usize = 16;
+
+/// What is in the directory at the start.
+pub(super) struct Found {
+    /// The images with their sidecars.
+    pub images: Vec<(String, Sidecar)>,
+    /// The downloads that can be continued.
+    pub left: Vec<PathBuf>,
+}
 
 /// The opened and locked directory.
 pub(super) struct Directory {
@@ -75,20 +86,24 @@ impl Directory {
         self.private.join(format!("{name}.json"))
     }
 
-    /// Removes what an interrupted run left, and gives the images that are there with their sidecars.
-    pub fn scan(&self) -> Result<Vec<(String, Sidecar)>> {
-        let mut found = Vec::new();
+    /// Finds the images and the downloads that can be continued, and removes everything else that an interrupted run left.
+    pub fn scan(&self) -> Result<Found> {
+        let mut found = Found { images: Vec::new(), left: Vec::new() };
         let listing = std::fs::read_dir(&self.private).map_err(|error| Error::io("reading", &self.private, error))?;
         for item in listing {
-            let item = item.map_err(|error| Error::io("reading", &self.private, error))?;
-            let Ok(file_name) = item.file_name().into_string() else { continue };
-            if [".partial", ".corrupt", ".json.new"].iter().any(|ending| file_name.ends_with(ending)) {
-                tracing::info!(file = %item.path().display(), "removing what an earlier run left");
-                std::fs::remove_file(item.path()).map_err(|error| Error::io("removing", &item.path(), error))?;
-            } else if let Some(name) = file_name.strip_suffix(".json")
-                && let Some(sidecar) = self.check(name, &item.path())?
+            let path = item.map_err(|error| Error::io("reading", &self.private, error))?.path();
+            let Some(file_name) = path.file_name().and_then(|name| name.to_str()) else { continue };
+            let ends = |endings: &[&str]| endings.iter().any(|ending| file_name.ends_with(ending));
+            if ends(&[".partial"]) && can_be_continued(&path) {
+                found.left.push(path);
+            } else if ends(&[".partial", ".corrupt", ".json.new"]) || is_orphan(&path) {
+                tracing::info!(file = %path.display(), "removing what an earlier run left");
+                partial::discard(&path);
+            } else if !ends(&[".partial.json"])
+                && let Some(name) = file_name.strip_suffix(".json")
+                && let Some(sidecar) = self.check(name, &path)?
             {
-                found.push((name.to_owned(), sidecar));
+                found.images.push((name.to_owned(), sidecar));
             }
         }
         Ok(found)
@@ -221,6 +236,19 @@ impl Directory {
             .and_then(|()| std::fs::remove_file(&path))
             .map_err(|error| Error::io("writing to", &self.private, error))
     }
+}
+
+/// Whether a partial download is worth keeping for the job that will come back for it.
+fn can_be_continued(path: &Path) -> bool {
+    let changed = path.metadata().and_then(|metadata| metadata.modified());
+    let age = changed.map(|changed| SystemTime::now().duration_since(changed).unwrap_or_default());
+    age.is_ok_and(|age| age < LEFT_FOR) && partial::can_be_continued(path)
+}
+
+/// Whether this is what is known of a partial download that is gone.
+fn is_orphan(path: &Path) -> bool {
+    let text = path.to_string_lossy();
+    text.strip_suffix(".json").is_some_and(|of| of.ends_with(".partial") && !Path::new(of).exists())
 }
 
 /// Renames without replacing.

@@ -1,62 +1,55 @@
 //! Bytes from a source into a partial file, hashed on the way, with their space reserved.
 //!
 //! ```text
-//!  source ──chunks──► this task ──channel──► writer thread: file, then hash
+//!  source ──pieces or one stream──► this task ──channel──► writer thread: file, mark, hash
 //!    └─ cut ─► retry: at the offset when the source has a strong ETag and ranges, else from the start
 //! ```
-//! Network and hash overlap; the channel bounds memory. A partial file is removed when its [`Partial`] is dropped.
-//! It leaves out what becomes of the file: see `images`.
+//! Network, hash and whoever reads along behind the mark overlap; the channel bounds memory. What an interrupted run left
+//! is hashed first and then continued. It leaves out what becomes of the file: see `images`.
 
-use std::{
-    fs::{File, OpenOptions},
-    io::{self, Seek, Write},
-    os::unix::fs::OpenOptionsExt,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{fs::File, path::PathBuf, sync::Arc};
 
 use bytes::Bytes;
 use lvp_api::{Digest, ErrorCode};
-use tokio::{sync::mpsc, task::JoinHandle};
+use tokio::sync::oneshot;
 
 use super::{
     flight::Lead,
-    hasher::{Digests, Hasher},
+    hasher::Digests,
     index::Reservation,
-    retry::{Failure, Retries},
+    partial::Partial,
+    pieces::{Broken, Pieces},
+    retry::{Failure, Retries, WORTHWHILE},
     source::{Source, SourceInfo, blocking},
+    writer::{Order, Writer, Written},
 };
 use crate::{
     error::{Error, Result},
     progress::Progress,
+    watermark::Watermark,
 };
 
-/// Chunks between network and disk. A chunk is some tens of KiB.
-const QUEUE: usize = 16;
 /// When the size is not known, space is reserved in steps of this many bytes.
 const STEP: u64 = 64 << 20;
 /// How often the reservation learns what is written, in bytes.
 const ACCOUNTED: u64 = 4 << 20;
 
-/// A file that goes when this is dropped. Renaming it away is the way to keep it.
-pub(super) struct Partial(PathBuf);
-
-impl Partial {
-    /// The file.
-    pub fn path(&self) -> &Path {
-        &self.0
-    }
+/// Who wants to read an image while it comes.
+pub struct Along {
+    /// How far the file is written. When it fails, what was read may not be the image.
+    pub mark: Arc<Watermark>,
+    /// Gets the file once it is there; dropped when no download begins, or one of unknown size.
+    pub begun: oneshot::Sender<Growing>,
 }
 
-impl Drop for Partial {
-    fn drop(&mut self) {
-        match std::fs::remove_file(&self.0) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(file = %self.0.display(), %error, "a partial download cannot be removed");
-            }
-            _ => {}
-        }
-    }
+/// The file of a download that has begun.
+pub struct Growing {
+    /// Opened for reading.
+    pub file: File,
+    /// What to call it.
+    pub path: PathBuf,
+    /// The size that it will have, in bytes.
+    pub size: u64,
 }
 
 /// A complete download.
@@ -64,6 +57,12 @@ pub(super) struct Downloaded {
     pub partial: Partial,
     pub size: u64,
     pub digests: Digests,
+    /// Whether some of its bytes are from an earlier run.
+    pub resumed: bool,
+    /// Whether who read along read the image.
+    pub along_is_good: bool,
+    /// Bytes that came from the source.
+    pub fetched: u64,
 }
 
 /// What a download needs.
@@ -76,163 +75,168 @@ pub(super) struct Download<'a> {
     pub progress: &'a Progress,
 }
 
+/// How far a download is.
+struct Position {
+    offset: u64,
+    total: Option<u64>,
+    reserved: u64,
+    accounted: u64,
+    fetched: u64,
+}
+
+/// Nothing becomes good any more when the download is given up, however that happens.
+struct FailOnDrop(Arc<Watermark>);
+
+impl Drop for FailOnDrop {
+    fn drop(&mut self) {
+        self.0.fail();
+    }
+}
+
 impl Download<'_> {
-    /// Fetches all of the source into `path`.
-    pub async fn run(&self, path: PathBuf) -> Result<Downloaded> {
-        let (partial, file) = blocking(move || create(path)).await?;
-        let mut writer = Writer::start(file, partial.path(), self.expected);
-        let resumes = self.info.accepts_ranges && self.info.strong_etag().is_some();
-        let mut retries = Retries::new(self.source.settings());
-        let mut offset = 0;
-        loop {
-            let before = offset;
-            let from = if resumes { offset } else { 0 };
-            match self.progress.until_stopped(self.attempt(&mut writer, &mut offset, from)).await? {
-                Ok(()) => break,
-                // The connection broke after the last byte.
-                Err(_) if self.info.size.is_some_and(|size| size > 0 && size == offset) => break,
-                Err(failure) => retries.pause(failure, resumes && offset > before, self.progress).await?,
+    /// Fetches what is missing of the source into a file that has its first `kept` bytes.
+    pub async fn run(&self, partial: Partial, file: File, kept: u64, along: Option<Along>) -> Result<Downloaded> {
+        let mark = along.as_ref().map_or_else(Arc::default, |along| along.mark.clone());
+        let _fails = FailOnDrop(mark.clone());
+        if let (Some(along), Some(size)) = (along, self.info.size) {
+            let path = partial.path().to_owned();
+            let file = file.try_clone().map_err(|error| Error::io("opening", &path, error))?;
+            // Who wanted to read along may have gone.
+            let _ = along.begun.send(Growing { file, path, size });
+        }
+        let mut writer = Writer::start(file, partial.path(), self.expected, mark, kept);
+        if kept > 0 {
+            tracing::info!(file = %partial.path().display(), bytes = kept, "continuing the download of an earlier run");
+        }
+        match self.complete(&mut writer, kept).await {
+            Ok((Written { size, digests, restarted }, fetched)) => {
+                let (resumed, along_is_good) = (kept > 0, !restarted);
+                Ok(Downloaded { partial, size, digests, resumed, along_is_good, fetched })
+            }
+            Err(error) => {
+                if error.code() == ErrorCode::ShuttingDown {
+                    // All that came is worth keeping; nothing writes after this.
+                    let _ = writer.finish().await;
+                    partial.leave();
+                }
+                Err(error)
             }
         }
-        let (size, digests) = self.progress.until_stopped(writer.finish()).await??;
-        if size != offset {
-            return Err(Error::internal("a download has another length than was received"));
-        }
-        Ok(Downloaded { partial, size, digests })
     }
 
-    async fn attempt(&self, writer: &mut Writer, offset: &mut u64, from: u64) -> Result<(), Failure> {
-        let mut transfer = self.source.open(self.info, from).await?;
-        if transfer.from != *offset {
+    /// Receives and writes everything from `kept` on; gives also how many bytes came.
+    async fn complete(&self, writer: &mut Writer, kept: u64) -> Result<(Written, u64)> {
+        let (size, fetched) = self.receive(writer, kept).await?;
+        let written = self.progress.until_stopped(writer.finish()).await??;
+        if written.size == size {
+            return Ok((written, fetched));
+        }
+        Err(Error::internal("a download has another length than was received"))
+    }
+
+    /// Receives everything from `from` on; gives the size, and how much of it came now.
+    async fn receive(&self, writer: &mut Writer, from: u64) -> Result<(u64, u64)> {
+        let mut at = Position { offset: from, total: self.info.size, reserved: 0, accounted: from, fetched: 0 };
+        self.progress.set_processed(from);
+        if let Some(total) = at.total {
+            self.announce(&mut at, total).await?;
+        }
+        let size = self.info.size.filter(|_| Pieces::suit(self.info) && self.source.is_remote());
+        let in_pieces = match size {
+            Some(size) => self.receive_pieces(writer, &mut at, size).await?,
+            None => false,
+        };
+        if !in_pieces {
+            self.receive_stream(writer, &mut at).await?;
+        }
+        Ok((at.offset, at.fetched))
+    }
+
+    /// Several ranges at once; false when the server has none after all.
+    async fn receive_pieces(&self, writer: &mut Writer, at: &mut Position, size: u64) -> Result<bool> {
+        let mut pieces = Pieces::new(self.source.clone(), self.info.clone(), at.offset, size, self.progress.clone());
+        loop {
+            match self.progress.until_stopped(pieces.next()).await? {
+                Ok(Some(chunk)) => self.take(writer, at, chunk).await.map_err(|failure| failure.error)?,
+                Ok(None) => return Ok(true),
+                Err(Broken::NoRanges) => return Ok(false),
+                Err(Broken::Failed(error)) => return Err(error),
+            }
+        }
+    }
+
+    /// One stream, begun again where it broke off, or at the start where the source cannot do better.
+    async fn receive_stream(&self, writer: &mut Writer, at: &mut Position) -> Result<()> {
+        let resumes = self.info.accepts_ranges && self.info.strong_etag().is_some();
+        let mut retries = Retries::new(self.source.settings());
+        loop {
+            let before = at.offset;
+            let from = if resumes { before } else { 0 };
+            match self.progress.until_stopped(self.attempt(writer, at, from)).await? {
+                Ok(()) => return Ok(()),
+                // The connection broke after the last byte.
+                Err(_) if self.info.size.is_some_and(|size| size > 0 && size == at.offset) => return Ok(()),
+                Err(failure) => {
+                    retries.pause(failure, resumes && at.offset >= before + WORTHWHILE, self.progress).await?
+                }
+            }
+        }
+    }
+
+    async fn attempt(&self, writer: &mut Writer, at: &mut Position, from: u64) -> Result<(), Failure> {
+        let mut transfer = self.source.open(self.info, from, None).await?;
+        if transfer.from != at.offset {
             writer.send(Order::Restart).await?;
-            *offset = transfer.from;
-            self.progress.set_processed(0);
+            at.offset = transfer.from;
+            at.accounted = transfer.from;
+            self.progress.set_processed(transfer.from);
         }
-        let total = transfer.total.or(self.info.size);
-        if let Some(total) = total {
-            self.progress.set_total(total);
-            self.reserve(total).await?;
+        if let Some(total) = transfer.total.or(at.total) {
+            self.announce(at, total).await?;
         }
-        let (mut reserved, mut accounted) = (total.unwrap_or(0), *offset);
         while let Some(chunk) = transfer.next().await? {
-            let end = *offset + chunk.len() as u64;
-            if total.is_some_and(|total| end > total) {
-                return Err(Failure::never(self.too_long(total.unwrap_or(0))));
-            }
-            if end > reserved {
-                reserved = end + STEP;
-                self.reserve(reserved).await?;
-            }
-            let length = chunk.len() as u64;
-            writer.send(Order::Write(chunk)).await?;
-            *offset = end;
-            self.progress.advance(length);
-            self.lead.show(end, total.unwrap_or(0));
-            if end - accounted >= ACCOUNTED {
-                accounted = end;
-                self.reservation.set_written(end);
-            }
+            self.take(writer, at, chunk).await?;
         }
-        match total {
-            Some(total) if *offset < total => Err(Failure::soon(self.source.too_short(*offset))),
+        match at.total {
+            Some(total) if at.offset < total => Err(Failure::soon(self.source.too_short(at.offset))),
             _ => Ok(()),
         }
+    }
+
+    /// The size is known.
+    async fn announce(&self, at: &mut Position, total: u64) -> Result<()> {
+        at.total = Some(total);
+        self.progress.set_total(total);
+        self.reserve(total).await?;
+        at.reserved = at.reserved.max(total);
+        Ok(())
+    }
+
+    /// The next bytes are here.
+    async fn take(&self, writer: &mut Writer, at: &mut Position, chunk: Bytes) -> Result<(), Failure> {
+        let length = chunk.len() as u64;
+        let end = at.offset + length;
+        if let Some(total) = at.total.filter(|total| end > *total) {
+            return Err(Failure::never(self.source.too_long(total)));
+        }
+        if end > at.reserved {
+            at.reserved = end + STEP;
+            self.reserve(at.reserved).await?;
+        }
+        writer.send(Order::Write(chunk)).await?;
+        at.offset = end;
+        at.fetched += length;
+        self.progress.advance(length);
+        self.lead.show(end, at.total.unwrap_or(0));
+        if end - at.accounted >= ACCOUNTED {
+            at.accounted = end;
+            self.reservation.set_written(end);
+        }
+        Ok(())
     }
 
     async fn reserve(&self, size: u64) -> Result<()> {
         let reservation = self.reservation.clone();
         blocking(move || reservation.ensure(size)).await.map(|_| ())
-    }
-
-    fn too_long(&self, total: u64) -> Error {
-        Error::new(
-            ErrorCode::SourceFailed,
-            format!("the source sends more of {} than the {total} bytes that it announced", self.source.url()),
-        )
-        .retry(false)
-    }
-}
-
-fn create(path: PathBuf) -> Result<(Partial, File)> {
-    // Fetched with the operator's keys, so for nobody else to read; libvirt gives it to the domain that it is attached to.
-    let created = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path);
-    let file = created.map_err(|error| Error::io("creating", &path, error))?;
-    Ok((Partial(path), file))
-}
-
-enum Order {
-    Write(Bytes),
-    Restart,
-}
-
-/// The thread that writes and hashes.
-struct Writer {
-    orders: Option<mpsc::Sender<Order>>,
-    thread: JoinHandle<Result<(u64, Digests)>>,
-}
-
-impl Writer {
-    fn start(file: File, path: &Path, expected: Option<&Digest>) -> Self {
-        let (orders, received) = mpsc::channel(QUEUE);
-        let (path, expected) = (path.to_owned(), expected.cloned());
-        let thread = tokio::task::spawn_blocking(move || {
-            write(file, received, expected.as_ref()).map_err(|error| no_space(&path, error))
-        });
-        Self { orders: Some(orders), thread }
-    }
-
-    async fn send(&mut self, order: Order) -> Result<(), Failure> {
-        let sent = match &self.orders {
-            Some(orders) => orders.send(order).await.is_ok(),
-            None => false,
-        };
-        if sent {
-            return Ok(());
-        }
-        let error = match self.finish().await {
-            Err(error) => error,
-            Ok(_) => Error::internal("the writer of a download ended early"),
-        };
-        Err(Failure::never(error))
-    }
-
-    /// Waits until all is written and hashed.
-    async fn finish(&mut self) -> Result<(u64, Digests)> {
-        self.orders = None;
-        match (&mut self.thread).await {
-            Ok(result) => result,
-            Err(error) => Err(Error::internal("the writer of a download broke off").source(error)),
-        }
-    }
-}
-
-fn write(mut file: File, mut orders: mpsc::Receiver<Order>, expected: Option<&Digest>) -> io::Result<(u64, Digests)> {
-    let (mut hasher, mut size) = (Hasher::new(expected), 0);
-    while let Some(order) = orders.blocking_recv() {
-        match order {
-            Order::Write(bytes) => {
-                file.write_all(&bytes)?;
-                hasher.update(&bytes);
-                size += bytes.len() as u64;
-            }
-            Order::Restart => {
-                file.set_len(0)?;
-                file.rewind()?;
-                (hasher, size) = (Hasher::new(expected), 0);
-            }
-        }
-    }
-    Ok((size, hasher.finish()))
-}
-
-fn no_space(path: &Path, error: io::Error) -> Error {
-    match error.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::new(
-            ErrorCode::CacheFull,
-            format!("the file system of the image cache became full while {} was written", path.display()),
-        )
-        .hint("free space on it, or set LVP_CACHE_MAX_BYTES so that other data has room")
-        .source(error),
-        _ => Error::io("writing", path, error),
     }
 }

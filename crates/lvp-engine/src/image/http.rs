@@ -210,6 +210,12 @@ pub(super) fn cut(error: &reqwest::Error, at: u64, of: &ImageUrl) -> Failure {
     )
 }
 
+/// A transfer that is as good as silent.
+pub(super) fn too_slow(of: &ImageUrl) -> Failure {
+    let error = Error::new(ErrorCode::SourceFailed, format!("{} sends less than 1 KiB a second of {of}", host(of)));
+    Failure::soon(error.hint("look at the server and the network between"))
+}
+
 /// `<Code>` of an S3 error document, when it looks like one: letters only, so that nothing hostile gets into a log.
 pub(super) async fn s3_code(mut response: Response) -> Option<String> {
     let mut body = Vec::new();

@@ -2,9 +2,10 @@
 //!
 //! ```text
 //!  Wanted ──resolve──► Resolved ──fetch──► Cached(Entry)                         in use while it lives
-//!           (looks,      │                └► New(Unpublished) ──publish──► Entry
-//!            changes     └─► Reader                 └─ dropped: nothing is left
-//!            nothing)
+//!           (looks,      │       │        └► New(Unpublished) ──publish──► Entry
+//!            changes     │       │                  └─ dropped: nothing is left
+//!            nothing)    │       └─► Growing: the file while it comes, for who reads along
+//!                        └─► Reader: the image where it is
 //! ```
 //! What promises the bytes: the digest of the request, else the published `<url>.sha256`, else nothing. What is a hit:
 //!
@@ -23,12 +24,13 @@ use lvp_api::{ByteSize, Check, Digest, ErrorCode, HealthStatus, Image, ImageForm
 
 use super::{
     checksum,
-    download::{Download, Downloaded, Partial},
+    download::{Along, Download, Downloaded},
     entry::Entry,
     flight::{Flights, Joined, Lead},
     hasher::{Digests, Hasher},
     index::{Index, Reservation},
     location::ImageUrl,
+    partial::{Origin, Partial},
     reader::Reader,
     settings::SourceSettings,
     sidecar::{Sidecar, SourceRecord},
@@ -38,6 +40,7 @@ use crate::{
     error::{Error, Result},
     host::libvirt::StoragePool,
     progress::Progress,
+    watermark::Watermark,
 };
 
 /// What a verification reads at once, in bytes.
@@ -110,6 +113,8 @@ pub struct Unpublished {
     verified: bool,
     pub(super) size: u64,
     pub(super) digests: Digests,
+    fetched: u64,
+    along_is_good: bool,
     /// Last, so that the next request begins after the partial file is gone.
     lead: Lead,
 }
@@ -235,11 +240,13 @@ impl Images {
         }
     }
 
-    /// Brings a resolved image: from the cache, from another request that fetches it now, or from its source.
+    /// Brings a resolved image: from the cache, from another request that fetches it now, or from its source. In the last
+    /// case somebody may read `along`.
     ///
     /// # Errors
-    /// Those of the source; `checksum_mismatch`, `cache_full`, `cancelled`. Nothing is left then.
-    pub async fn fetch(&self, resolved: &Resolved, progress: &Progress) -> Result<Fetch> {
+    /// Those of the source; `checksum_mismatch`, `cache_full`, `cancelled`. Nothing is left then; when the daemon stops,
+    /// what came is left for the next run.
+    pub async fn fetch(&self, resolved: &Resolved, along: Option<Along>, progress: &Progress) -> Result<Fetch> {
         progress.enter(Stage::Downloading, resolved.size().unwrap_or(0));
         if let Some(entry) = &resolved.cached {
             return self.hit(entry.clone(), resolved).await;
@@ -253,14 +260,14 @@ impl Images {
             return self.hit(entry, resolved).await;
         }
         progress.enter(Stage::Downloading, resolved.size().unwrap_or(0));
-        let (downloaded, reservation) = match self.download(resolved, &lead, progress).await {
+        let (downloaded, reservation) = match self.download(resolved, &lead, along, progress).await {
             Ok(done) => done,
             Err(error) => {
                 lead.fail(&error);
                 return Err(error);
             }
         };
-        let Downloaded { partial, size, digests } = downloaded;
+        let Downloaded { partial, size, digests, along_is_good, fetched, .. } = downloaded;
         let verified = resolved.expected.is_some();
         // The virtual size is the known image's business: nothing new is written.
         let sidecar = Sidecar::new(&digests, resolved.wanted.format, size, 0, verified);
@@ -279,6 +286,8 @@ impl Images {
             verified,
             size,
             digests,
+            fetched,
+            along_is_good,
             lead,
         })))
     }
@@ -310,6 +319,7 @@ impl Images {
         &self,
         resolved: &Resolved,
         lead: &Lead,
+        mut along: Option<Along>,
         progress: &Progress,
     ) -> Result<(Downloaded, Arc<Reservation>)> {
         let info = match &resolved.info {
@@ -317,20 +327,34 @@ impl Images {
             // The cached image that the look-up found was removed since.
             None => resolved.source.look(progress).await?,
         };
-        let size = info.size.unwrap_or(0);
-        let (reservation, evicted) = self.with_index(move |index| index.reserve(size)).await?;
-        if evicted > 0 {
-            self.refresh_pool().await;
+        let (expected, url) = (resolved.expected.as_ref(), &resolved.wanted.url);
+        let origin = Origin::new(url.identity(), &info);
+        let mut along_is_good = true;
+        loop {
+            let path = self.shared.index.partial(&resolved.key());
+            let (of, checked) = (origin.clone(), expected.is_some());
+            let (partial, file, kept) = blocking(move || Partial::open(path, of.as_ref(), checked)).await?;
+            let size = info.size.unwrap_or(0);
+            let (reservation, evicted) = self.with_index(move |index| index.reserve(size, kept)).await?;
+            if evicted > 0 {
+                self.refresh_pool().await;
+            }
+            let reservation = Arc::new(reservation);
+            let download =
+                Download { source: &resolved.source, info: &info, expected, reservation: &reservation, lead, progress };
+            let mut downloaded = download.run(partial, file, kept, along.take()).await?;
+            match expected.map_or(Ok(()), |expected| check_digest(expected, &downloaded.digests, url)) {
+                Err(error) if downloaded.resumed => {
+                    tracing::warn!(error = %error.chain(), "what an earlier run left was damaged; the image is fetched anew");
+                    along_is_good = false;
+                }
+                Err(error) => return Err(error),
+                Ok(()) => {
+                    downloaded.along_is_good &= along_is_good;
+                    return Ok((downloaded, reservation));
+                }
+            }
         }
-        let reservation = Arc::new(reservation);
-        let expected = resolved.expected.as_ref();
-        let download =
-            Download { source: &resolved.source, info: &info, expected, reservation: &reservation, lead, progress };
-        let downloaded = download.run(self.shared.index.directory().partial(&resolved.key())).await?;
-        if let Some(expected) = expected {
-            check_digest(expected, &downloaded.digests, &resolved.wanted.url)?;
-        }
-        Ok((downloaded, reservation))
     }
 
     /// Has libvirt read the directory again. Its failure makes no image worse.
@@ -353,14 +377,24 @@ impl Images {
     }
 
     /// Reads a cached image again and compares it with what was downloaded, chunk by chunk: several times as fast as
-    /// [`Images::verify`]. Decides nothing: see [`Images::quarantine`].
+    /// [`Images::verify`]. The mark follows what was found right, and fails with it. Decides nothing: see
+    /// [`Images::quarantine`].
     ///
     /// # Errors
     /// `checksum_mismatch`, the stop of the job, `input_output`.
-    pub async fn compare(&self, entry: &Entry, progress: &Progress) -> Result<()> {
+    pub async fn compare(&self, entry: &Entry, mark: Arc<Watermark>, progress: &Progress) -> Result<()> {
         progress.enter(Stage::Verifying, entry.size());
         let (held, progress) = (entry.clone(), progress.clone());
-        blocking(move || held.chunks().compare(held.path(), &progress)).await
+        blocking(move || {
+            let compared = held.chunks().compare(held.path(), &mark, &progress);
+            if compared.is_ok() {
+                mark.complete()
+            } else {
+                mark.fail()
+            }
+            compared
+        })
+        .await
     }
 
     /// Takes an image whose bytes are wrong out of the cache, even while jobs use it.
@@ -442,12 +476,22 @@ impl Unpublished {
         self.partial.path()
     }
 
+    /// Bytes that came from the source for it.
+    pub fn fetched(&self) -> u64 {
+        self.fetched
+    }
+
+    /// Whether who read along read this image; else it began again, or what an earlier run left was damaged.
+    pub fn along_is_good(&self) -> bool {
+        self.along_is_good
+    }
+
     /// Makes it an image of the cache, durably, under a name that nobody else's file has.
     ///
     /// # Errors
     /// `file_in_the_way`, `input_output`. Nothing is left then.
     pub async fn publish(self, virtual_size: u64) -> Result<Entry> {
-        let Self { images, partial, reservation, wanted, info, verified, size, digests, lead } = self;
+        let Self { images, partial, reservation, wanted, info, verified, size, digests, lead, .. } = self;
         let published = images
             .with_index(move |index| {
                 let path = partial.path();

@@ -9,7 +9,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -19,6 +19,7 @@ use lvp_api::{ByteSize, Digest, DigestAlgorithm, ErrorCode, Image};
 use super::{
     directory::Directory,
     entry::{Entry, Record},
+    partial,
     sidecar::{Sidecar, SourceRecord},
     source::SourceInfo,
 };
@@ -41,6 +42,8 @@ struct State {
     records: BTreeMap<String, Arc<Record>>,
     reservations: HashMap<u64, Space>,
     next_reservation: u64,
+    /// Downloads that an earlier run left and that nobody continues yet.
+    left: Vec<PathBuf>,
 }
 
 /// What a download has reserved, in bytes.
@@ -69,8 +72,9 @@ impl Index {
     /// Opens a directory and finds what is in it.
     pub fn open(path: &Path, max_bytes: Option<u64>) -> Result<Self> {
         let directory = Directory::open(path)?;
-        let mut state = State::default();
-        for (name, sidecar) in directory.scan()? {
+        let found = directory.scan()?;
+        let mut state = State { left: found.left, ..State::default() };
+        for (name, sidecar) in found.images {
             state.records.insert(name.clone(), Record::new(path, name, sidecar));
         }
         Ok(Self { directory, max_bytes, state: Mutex::new(state), publishing: Mutex::new(()) })
@@ -239,22 +243,44 @@ impl Index {
         Ok(entry)
     }
 
-    /// Reserves space for a download; says also how many images had to go.
+    /// Where the download of a key goes. What an earlier run left there is not removed any more to make room.
+    pub fn partial(&self, key: &str) -> PathBuf {
+        let path = self.directory.partial(key);
+        self.state().left.retain(|left| *left != path);
+        path
+    }
+
+    /// Reserves space for a download, of which so much is there already; says also how many images had to go.
     ///
     /// # Errors
-    /// `cache_full` with the figures, and then nothing was evicted.
-    pub fn reserve(self: &Arc<Self>, bytes: u64) -> Result<(Reservation, usize)> {
+    /// `cache_full` with the figures, and then no image was evicted.
+    pub fn reserve(self: &Arc<Self>, bytes: u64, written: u64) -> Result<(Reservation, usize)> {
         let mut state = self.state();
-        let evicted = self.make_room(&mut state, bytes)?;
         let id = state.next_reservation;
         state.next_reservation += 1;
-        state.reservations.insert(id, Space { reserved: bytes, written: 0 });
+        // So that what is there counts once.
+        state.reservations.insert(id, Space { reserved: written, written });
+        let made = self.make_room(&mut state, bytes.saturating_sub(written));
+        let evicted = match made {
+            Ok(evicted) => evicted,
+            Err(error) => {
+                state.reservations.remove(&id);
+                return Err(error);
+            }
+        };
+        state.reservations.insert(id, Space { reserved: bytes.max(written), written });
         drop(state);
         Ok((Reservation { index: self.clone(), id }, evicted))
     }
 
-    /// Evicts until `more` bytes fit the limit and the file system.
+    /// Evicts until `more` bytes fit the limit and the file system; first what interrupted downloads left.
     fn make_room(&self, state: &mut State, more: u64) -> Result<usize> {
+        while self.lack(state, more)? > 0
+            && let Some(left) = state.left.pop()
+        {
+            tracing::info!(file = %left.display(), "removing what an interrupted download left, to make room");
+            partial::discard(&left);
+        }
         let mut idle: Vec<_> = state
             .records
             .values()

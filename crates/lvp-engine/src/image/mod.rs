@@ -7,7 +7,10 @@
 //!   ├─ source     look, ranges, streams          ├─ index       lookups, admission, eviction
 //!   │  ├─ web, file   one attempt                ├─ entry       an image in use
 //!   │  ├─ http, sign  one request                ├─ flight      one download per image
-//!   │  └─ retry       when again                 └─ download    bytes to a partial file, hashed
+//!   │  ├─ retry       when again                 └─ download    from the source to a file
+//!   │  └─ pace        when too slow                 ├─ pieces   several ranges at once
+//!                                                  ├─ writer   file, mark, hash
+//!                                                  └─ partial  what a restart continues
 //!   ├─ chunks       digests that a hit is checked by
 //!   └─ reader     random access before the fetch
 //! ```
@@ -27,6 +30,9 @@ mod http;
 mod images;
 mod index;
 mod location;
+mod pace;
+mod partial;
+mod pieces;
 mod probe;
 mod reader;
 mod retry;
@@ -37,10 +43,13 @@ mod source;
 #[cfg(test)]
 mod tests;
 mod web;
+mod writer;
 
+pub use download::{Along, Growing};
 pub use entry::Entry;
-pub use images::{Fetch, ImageSettings, Images, Resolved, Wanted};
+pub use images::{Fetch, ImageSettings, Images, Resolved, Unpublished, Wanted};
 pub use location::ImageUrl;
 pub use probe::probe_store;
 pub use reader::Reader;
 pub use settings::{Credentials, Secret, SourceSettings, parse_endpoint};
+pub use source::serves_no_parts;

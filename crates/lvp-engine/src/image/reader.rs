@@ -20,10 +20,10 @@ use super::{
 };
 use crate::{error::Result, progress::Progress};
 
-/// What one request reads, in bytes.
-const BLOCK: u64 = 256 << 10;
+/// What one request reads, in bytes: a table of an image with the usual clusters.
+const BLOCK: u64 = 64 << 10;
 /// Blocks that are kept.
-const KEPT: usize = 8;
+const KEPT: usize = 32;
 
 /// Reads an image at any offset.
 pub struct Reader {
@@ -81,6 +81,12 @@ impl Reader {
 
 impl Remote {
     fn read(&self, mut offset: u64, mut buffer: &mut [u8], length: u64) -> Result<()> {
+        if buffer.len() as u64 >= 2 * BLOCK {
+            // One large piece, such as a table of an image with large clusters, is not read again.
+            let bytes = self.source.read_range(&self.info, offset, buffer.len(), &self.progress);
+            buffer.copy_from_slice(&self.runtime.block_on(bytes)?);
+            return Ok(());
+        }
         while !buffer.is_empty() {
             let block = self.block(offset / BLOCK, length)?;
             let within = (offset % BLOCK) as usize;

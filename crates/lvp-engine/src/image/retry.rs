@@ -22,6 +22,9 @@ const LONGEST_WAIT: Duration = Duration::from_secs(60);
 /// A transfer that moves on between its failures may fail this many times as often as a request.
 const TOTAL_FACTOR: u32 = 32;
 
+/// An attempt that brought so many bytes was worth it: failures in a row are counted anew after it.
+pub(super) const WORTHWHILE: u64 = 64 << 10;
+
 /// Whether the same request can succeed when it is sent again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Again {

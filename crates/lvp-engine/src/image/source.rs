@@ -9,6 +9,7 @@ use std::{
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use bytes::{Bytes, BytesMut};
@@ -19,6 +20,7 @@ use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use super::{
     file, http,
     location::{ImageUrl, Location},
+    pace::Pace,
     retry::{Failure, Retries},
     settings::SourceSettings,
     web::{Answer, Web},
@@ -32,6 +34,14 @@ use crate::{
 const FILE_CHUNK: usize = 256 << 10;
 /// A server without ranges sends everything before an offset again. This much of it is worth throwing away.
 const SKIPPED_AT_MOST: u64 = 8 << 20;
+
+/// The detail of an error that says that a source has no ranges, although it announced them.
+const SERVES_PARTS: &str = "serves_parts";
+
+/// Whether reading failed only because the source has no ranges after all: the whole can still be had.
+pub fn serves_no_parts(error: &Error) -> bool {
+    error.to_body().details.contains_key(SERVES_PARTS)
+}
 
 /// What a source says about an image now.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -85,9 +95,9 @@ impl Source {
         &self.sources.settings
     }
 
-    /// The URL.
-    pub fn url(&self) -> &ImageUrl {
-        &self.url
+    /// Whether it is read over a network.
+    pub fn is_remote(&self) -> bool {
+        !matches!(self.url.location(), Location::File(_))
     }
 
     fn web(&self) -> Web<'_> {
@@ -143,10 +153,11 @@ impl Source {
                     ErrorCode::SourceFailed,
                     format!("{} does not serve parts of {}", http::host(&self.url), self.url),
                 )
+                .detail(SERVES_PARTS, false)
                 .retry(false),
             ));
         }
-        let mut transfer = Transfer::web(answer, &self.url);
+        let mut transfer = Transfer::web(answer, &self.url, self.settings().stall_timeout);
         let mut bytes = BytesMut::with_capacity(length);
         while bytes.len() < length {
             let Some(mut chunk) = transfer.next().await? else {
@@ -166,6 +177,15 @@ impl Source {
         Error::new(ErrorCode::SourceFailed, format!("{host} ended the transfer of {} early, at byte {at}", self.url))
     }
 
+    /// The error for a body that goes on behind its announced end.
+    pub fn too_long(&self, end: u64) -> Error {
+        Error::new(
+            ErrorCode::SourceFailed,
+            format!("the source sends more of {} than the {end} bytes that it announced", self.url),
+        )
+        .retry(false)
+    }
+
     /// All of a small file, `limit` bytes at most; `None` when it is definitely not there.
     pub async fn read_small(&self, limit: usize, progress: &Progress) -> Result<Option<Small>> {
         let read = match self.path() {
@@ -179,7 +199,8 @@ impl Source {
     }
 
     async fn small_once(&self, limit: usize) -> Result<Small, Failure> {
-        let mut transfer = Transfer::web(self.web().get(&SourceInfo::default(), 0, None).await?, &self.url);
+        let answer = self.web().get(&SourceInfo::default(), 0, None).await?;
+        let mut transfer = Transfer::web(answer, &self.url, self.settings().stall_timeout);
         let mut bytes = BytesMut::new();
         while let Some(chunk) = transfer.next().await? {
             if bytes.len() + chunk.len() > limit {
@@ -190,15 +211,18 @@ impl Source {
         Ok(Small::Whole(bytes.freeze()))
     }
 
-    /// Begins to read from `from` on; the answer may begin at 0 all the same. One attempt.
-    pub async fn open(&self, info: &SourceInfo, from: u64) -> Result<Transfer, Failure> {
+    /// Begins to read from `from` on, up to `end` or all; the answer may begin at 0 all the same, and a file goes on to
+    /// its end. One attempt.
+    pub async fn open(&self, info: &SourceInfo, from: u64, end: Option<u64>) -> Result<Transfer, Failure> {
         let Some(path) = self.path() else {
-            return Ok(Transfer::web(self.web().get(info, from, None).await?, &self.url));
+            let answer = self.web().get(info, from, end.map(|end| end - from)).await?;
+            return Ok(Transfer::web(answer, &self.url, self.settings().stall_timeout));
         };
         let (opened, shared) = (path.clone(), info.clone());
         let mut reader = tokio::fs::File::from_std(blocking(move || file::open(&opened, &shared)).await?);
         reader.seek(std::io::SeekFrom::Start(from)).await.map_err(|error| file::failed(&path, error))?;
-        Ok(Transfer { from, at: from, total: info.size, url: self.url.clone(), body: Body::File(reader, path) })
+        let (pace, body) = (Pace::new(self.settings().stall_timeout), Body::File(reader, path));
+        Ok(Transfer { from, at: from, total: info.size, is_range: true, pace, url: self.url.clone(), body })
     }
 
     async fn repeat<T, F: Future<Output = Result<T, Failure>>>(
@@ -237,7 +261,10 @@ pub(super) struct Transfer {
     pub from: u64,
     /// The size of the whole, if the source says it.
     pub total: Option<u64>,
+    /// Whether the source sends what was asked for, rather than everything.
+    pub is_range: bool,
     at: u64,
+    pace: Pace,
     url: ImageUrl,
     body: Body,
 }
@@ -248,13 +275,15 @@ enum Body {
 }
 
 impl Transfer {
-    fn web(answer: Answer, url: &ImageUrl) -> Self {
-        let Answer { from, total, response } = answer;
-        Self { from, total, at: from, url: url.clone(), body: Body::Web(response) }
+    fn web(answer: Answer, url: &ImageUrl, stall_timeout: Duration) -> Self {
+        let Answer { from, total, is_range, response } = answer;
+        let (pace, body) = (Pace::new(stall_timeout), Body::Web(response));
+        Self { from, total, is_range, at: from, pace, url: url.clone(), body }
     }
 
     /// The next bytes; `None` at the end.
     pub async fn next(&mut self) -> Result<Option<Bytes>, Failure> {
+        let asked = Instant::now();
         let chunk = match &mut self.body {
             Body::Web(response) => response.chunk().await.map_err(|error| http::cut(&error, self.at, &self.url))?,
             Body::File(reader, path) => {
@@ -263,7 +292,11 @@ impl Transfer {
                 (count > 0).then(|| buffer.freeze())
             }
         };
-        self.at += chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
+        let length = chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
+        self.at += length;
+        if chunk.is_some() && self.pace.is_too_slow(asked.elapsed(), length) {
+            return Err(http::too_slow(&self.url));
+        }
         Ok(chunk)
     }
 }

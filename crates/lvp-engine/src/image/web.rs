@@ -31,6 +31,8 @@ pub(super) struct Answer {
     pub from: u64,
     /// The object's whole size, if the server says it.
     pub total: Option<u64>,
+    /// Whether it is the range that was asked for, rather than everything.
+    pub is_range: bool,
     /// The body.
     pub response: Response,
 }
@@ -97,10 +99,10 @@ impl Web<'_> {
     /// Where the body of an answer begins.
     fn position(&self, response: Response, asked: Option<u64>) -> Result<Answer, Failure> {
         if response.status() != StatusCode::PARTIAL_CONTENT {
-            return Ok(Answer { from: 0, total: content_length(&response), response });
+            return Ok(Answer { from: 0, total: content_length(&response), is_range: false, response });
         }
         match (asked, content_range(&response)) {
-            (Some(asked), Some((from, total))) if from == asked => Ok(Answer { from, total, response }),
+            (Some(asked), Some((from, total))) if from == asked => Ok(Answer { from, total, is_range: true, response }),
             _ => Err(Failure::never(
                 Error::new(
                     ErrorCode::SourceFailed,

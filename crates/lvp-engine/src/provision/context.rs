@@ -4,15 +4,16 @@
 
 use std::{path::Path, sync::Arc};
 
-use lvp_api::{Digest, ErrorCode, JobId, Stage};
+use lvp_api::{Digest, ErrorCode, JobId, Stage, ZeroPolicy};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
     in_use::{find_settled, refuse_in_use},
     order::{Order, VolumeOrder},
-    plan,
+    plan::{self, Examined},
     services::Services,
+    transfer::{Transfer, Transferred, is_image_fault},
 };
 use crate::{
     error::{Error, Result},
@@ -73,8 +74,9 @@ pub struct Context {
     record: Record,
     progress: Progress,
     resolved: Option<Resolved>,
-    /// The size of the disk in the image, where it was known before the fetch.
-    virtual_size: Option<u64>,
+    /// What was known of the image before it was fetched.
+    examined: Option<Examined>,
+    /// The image, once it is here and verified.
     image: Option<(Entry, Arc<Image>)>,
     target: Option<BlockTarget>,
 }
@@ -91,7 +93,7 @@ impl Context {
             record,
             progress,
             resolved: None,
-            virtual_size: None,
+            examined: None,
             image: None,
             target: None,
         })
@@ -116,11 +118,39 @@ impl Context {
         Ok(())
     }
 
-    /// The gate's first half: the header, before a byte is fetched or reserved.
+    /// The gate, where the image is, before a byte is fetched or reserved. A cached image that does not pass may be damaged:
+    /// then it is put aside, and read at its source.
     pub(super) async fn ensure_image_checked(&mut self) -> Result<()> {
-        let header = plan::inspect(self.resolved()?, &self.order, &self.progress).await?;
-        self.virtual_size = header.map(|header| header.virtual_size);
+        self.examined = match plan::examine(self.resolved()?, &self.order, &self.progress).await {
+            Err(error) if is_image_fault(&error) && self.is_damaged_in_cache().await? => {
+                self.ensure_image_resolved().await?;
+                plan::examine(self.resolved()?, &self.order, &self.progress).await?
+            }
+            examined => examined?,
+        };
         Ok(())
+    }
+
+    /// Whether the image is cached and its cached file is not what was fetched; it is put aside then.
+    async fn is_damaged_in_cache(&self) -> Result<bool> {
+        match self.resolved()?.cached() {
+            Some(entry) => Ok(!self.is_intact(entry).await?),
+            None => Ok(false),
+        }
+    }
+
+    /// Whether a cached image is what was fetched; else it is put aside.
+    async fn is_intact(&self, entry: &Entry) -> Result<bool> {
+        let images = &self.services.images;
+        match images.compare(entry, Arc::default(), &self.progress).await {
+            Ok(()) => Ok(true),
+            Err(error) if error.code() == ErrorCode::ChecksumMismatch => {
+                tracing::error!(job_id = %self.id, error = %error.chain(), "a cached image is damaged and fetched anew");
+                images.quarantine(entry).await?;
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Decides what may be done with the volume, and whether there is room.
@@ -128,7 +158,7 @@ impl Context {
         let (backend, wanted) = self.backend()?;
         let job = self.id;
         let libvirt = self.services.libvirt.clone();
-        let virtual_size = self.virtual_size;
+        let virtual_size = self.examined.as_ref().map(|examined| examined.header.virtual_size);
         let before = self.record.clone();
         let claim = blocking(move || match find_settled(&*backend, &wanted.name)? {
             // An earlier attempt came to the end, and only that was not recorded. Its user may have the volume by now.
@@ -152,10 +182,10 @@ impl Context {
         Ok(())
     }
 
-    /// Fetches the image, or checks the cached one against its digest; and the gate's second half: all its tables.
-    /// A cached image that lost its digest is put aside and fetched anew, once.
+    /// Fetches the image, or checks the cached one against its digest; and the gate on the file. A cached image that lost
+    /// its digest is put aside and fetched anew, once. For a new volume all this is done while it is written.
     pub(super) async fn ensure_image_fetched(&mut self) -> Result<()> {
-        if self.record.finished {
+        if self.record.finished || self.record.claim == Some(Claim::Make) {
             return Ok(());
         }
         let (entry, image) = match self.fetch().await? {
@@ -163,30 +193,21 @@ impl Context {
             None => {
                 self.ensure_image_resolved().await?;
                 self.record.cache_hit = Some(false);
-                self.fetch().await?.ok_or_else(|| {
-                    Error::new(ErrorCode::InputOutput, "the image was damaged in the cache twice in a row")
-                        .hint("check the disk of the image cache")
-                })?
+                self.fetch().await?.ok_or_else(damaged_twice)?
             }
         };
-        self.record.image_path = Some(entry.path().display().to_string());
-        self.record.image_digest = Some(entry.digest());
+        self.note_image(&entry);
         self.image = Some((entry, image));
         Ok(())
     }
 
     async fn fetch(&mut self) -> Result<Option<(Entry, Arc<Image>)>> {
-        let services = Arc::clone(&self.services);
-        match services.images.fetch(self.resolved()?, &self.progress).await? {
-            Fetch::Cached(entry) => match services.images.compare(&entry, &self.progress).await {
-                Ok(()) => Ok(Some((entry.clone(), self.open(entry.path()).await?))),
-                Err(error) if error.code() == ErrorCode::ChecksumMismatch => {
-                    tracing::error!(job_id = %self.id, error = %error.chain(), "a cached image is damaged and fetched anew");
-                    services.images.quarantine(&entry).await?;
-                    Ok(None)
-                }
-                Err(error) => Err(error),
-            },
+        match self.services.images.fetch(self.resolved()?, None, &self.progress).await? {
+            Fetch::Cached(entry) => Ok(if self.is_intact(&entry).await? {
+                Some((entry.clone(), self.open(entry.path()).await?))
+            } else {
+                None
+            }),
             Fetch::New(unpublished) => {
                 let image = match self.open(unpublished.path()).await {
                     Ok(image) => image,
@@ -201,14 +222,15 @@ impl Context {
         }
     }
 
+    fn note_image(&mut self, entry: &Entry) {
+        self.record.image_path = Some(entry.path().display().to_string());
+        self.record.image_digest = Some(entry.digest());
+    }
+
     /// Opens a verified image through the whole gate.
     async fn open(&self, path: &Path) -> Result<Arc<Image>> {
         let (path, declared) = (path.to_owned(), self.order.image_type);
-        let image = blocking(move || Image::open_file(&path, declared)).await?;
-        if let (Some(volume), Some(Claim::Make)) = (&self.order.volume, self.record.claim) {
-            plan::fits(image.virtual_size(), volume)?;
-        }
-        Ok(Arc::new(image))
+        blocking(move || Image::open_file(&path, declared)).await.map(Arc::new)
     }
 
     /// Makes the volume, or readies the one that was there.
@@ -217,36 +239,45 @@ impl Context {
             return Ok(());
         }
         self.progress.enter(Stage::CreatingVolume, 0);
-        let (backend, wanted) = self.backend()?;
-        let (job, claim, progress) = (self.id, self.claim()?, self.progress.clone());
-        let libvirt = self.services.libvirt.clone();
-        let (data, virtual_size) = (self.image()?.data_bytes(), self.image()?.virtual_size());
-        let target = blocking(move || match claim {
-            Claim::Make => {
-                if let Some(volume) =
-                    find_settled(&*backend, &wanted.name)?.filter(|volume| volume.tags.job == Some(job))
-                {
-                    // From an attempt that was interrupted. What it wrote is not known, so it is made anew.
-                    refuse_in_use(&volume, libvirt.as_ref())?;
-                    backend.remove(&wanted.name)?;
-                }
-                progress.check()?;
-                plan::admit_data(&*backend, &wanted, data)?;
-                let volume = backend.create(&NewVolume { name: &wanted.name, size: wanted.size, job })?;
-                backend.target(&volume, true)
-            }
-            Claim::Overwrite => {
-                let volume = find_existing(&*backend, &wanted)?;
-                plan::compatible(&volume, &wanted, Some(virtual_size))?;
-                refuse_in_use(&volume, libvirt.as_ref())?;
-                backend.target(&volume, false)
-            }
-        });
-        let target = target.await?;
+        let claim = self.claim()?;
+        let target = match claim {
+            Claim::Make => self.make_volume().await?,
+            Claim::Overwrite => self.ready_volume().await?,
+        };
         self.record.device_path = Some(target.path.display().to_string());
         self.record.overwriting = claim == Claim::Overwrite;
         self.target = Some(target);
         Ok(())
+    }
+
+    async fn make_volume(&self) -> Result<BlockTarget> {
+        let (backend, wanted) = self.backend()?;
+        let (job, progress, libvirt) = (self.id, self.progress.clone(), self.services.libvirt.clone());
+        let data = self.examined.as_ref().and_then(|examined| examined.data_bytes).unwrap_or(0);
+        blocking(move || {
+            if let Some(volume) = find_settled(&*backend, &wanted.name)?.filter(|volume| volume.tags.job == Some(job)) {
+                // From an attempt that was interrupted. What it wrote is not known, so it is made anew.
+                refuse_in_use(&volume, libvirt.as_ref())?;
+                backend.remove(&wanted.name)?;
+            }
+            progress.check()?;
+            plan::admit_data(&*backend, &wanted, data)?;
+            let volume = backend.create(&NewVolume { name: &wanted.name, size: wanted.size, job })?;
+            backend.target(&volume, true)
+        })
+        .await
+    }
+
+    async fn ready_volume(&self) -> Result<BlockTarget> {
+        let (backend, wanted) = self.backend()?;
+        let (libvirt, virtual_size) = (self.services.libvirt.clone(), self.image()?.virtual_size());
+        blocking(move || {
+            let volume = find_existing(&*backend, &wanted)?;
+            plan::compatible(&volume, &wanted, Some(virtual_size))?;
+            refuse_in_use(&volume, libvirt.as_ref())?;
+            backend.target(&volume, false)
+        })
+        .await
     }
 
     /// Removes the volume, if this very job made it.
@@ -273,10 +304,54 @@ impl Context {
         if self.record.finished {
             return Ok(());
         }
+        match self.claim()? {
+            Claim::Make => self.populate_new().await,
+            Claim::Overwrite => self.overwrite().await,
+        }
+    }
+
+    /// Fetches or verifies the image and writes it, in one pass; a second time where the first was in vain.
+    async fn populate_new(&mut self) -> Result<()> {
+        let mut damaged_before = false;
+        loop {
+            let damaged = match self.transfer().await? {
+                Transferred::Done { entry, populated, .. } => {
+                    self.note_image(&entry);
+                    self.record.populated = Some(populated);
+                    return Ok(());
+                }
+                Transferred::Again { damaged } => damaged,
+            };
+            if damaged && damaged_before {
+                return Err(damaged_twice());
+            }
+            damaged_before |= damaged;
+            self.ensure_image_resolved().await?;
+            if damaged {
+                self.record.cache_hit = Some(false);
+                self.ensure_image_checked().await?;
+            }
+            self.target = Some(self.make_volume().await?);
+        }
+    }
+
+    async fn transfer(&self) -> Result<Transferred> {
+        let transfer = Transfer {
+            images: &self.services.images,
+            resolved: self.resolved()?,
+            declared: self.order.image_type,
+            examined: self.examined.clone(),
+            target: self.target()?,
+            options: self.options(),
+            progress: &self.progress,
+        };
+        transfer.run().await
+    }
+
+    async fn overwrite(&mut self) -> Result<()> {
         let (backend, wanted) = self.backend()?;
-        let (image, progress) = (self.image()?, self.progress.clone());
-        let target = self.target.clone().ok_or_else(|| Error::internal("there is no target to populate"))?;
-        let options = PopulateOptions { workers: self.services.workers };
+        let (image, progress, target) = (self.image()?, self.progress.clone(), self.target()?.clone());
+        let options = self.options();
         progress.enter(Stage::Populating, target.size);
         // From here on the volume holds no image, until the last byte is on the device.
         let untagged = blocking(move || backend.set_image(&find_existing(&*backend, &wanted)?, None)).await;
@@ -316,8 +391,7 @@ impl Context {
             return Ok(());
         }
         let (backend, wanted) = self.backend()?;
-        let target = self.target.clone().ok_or_else(|| Error::internal("there is no target to sync"))?;
-        let digest = self.image.as_ref().map(|(entry, _)| entry.digest());
+        let (target, digest) = (self.target()?.clone(), self.record.image_digest.clone());
         let size = target.size;
         blocking(move || {
             format::sync(&target)?;
@@ -347,12 +421,26 @@ impl Context {
             .ok_or_else(|| Error::internal("the image was not fetched"))
     }
 
+    fn options(&self) -> PopulateOptions {
+        let zero = self.order.volume.as_ref().map_or(ZeroPolicy::Full, |volume| volume.zero);
+        PopulateOptions { workers: self.services.workers, zero }
+    }
+
+    fn target(&self) -> Result<&BlockTarget> {
+        self.target.as_ref().ok_or_else(|| Error::internal("there is no target to write"))
+    }
+
     fn backend(&self) -> Result<(Arc<dyn VolumeBackend>, VolumeOrder)> {
         let volume = self.order.volume.clone().ok_or_else(|| Error::internal("the job has no volume"))?;
         // The order was checked when it was made; the target is written out in it.
         let target = self.services.targets.find(Some(&volume.spec()?.to_string()), true)?;
         Ok((target.backend, volume))
     }
+}
+
+fn damaged_twice() -> Error {
+    Error::new(ErrorCode::InputOutput, "the image was damaged in the cache twice in a row")
+        .hint("check the disk of the image cache")
 }
 
 fn find_existing(backend: &dyn VolumeBackend, wanted: &VolumeOrder) -> Result<Volume> {

@@ -3,8 +3,12 @@
 //!
 //! ```text
 //!  resolve_image ─► check_image ─► claim_volume ─► fetch_image ─► ensure_volume ─► populate_volume ─► finish_volume
-//!   source, hit?     gate: header    fits? free?     verified,      made with        image, then        fsync, tag
-//!                    against type    in use?         gate: tables   its tags         zero the rest
+//!   source, hit?     gate, at        fits? free?     verified,      made with        image and zeros    fsync, tag
+//!                    the source      in use?         gate again     its tags
+//!
+//!  a volume that was there before                   here                            copy
+//!  a new volume                                     (nothing)                       fetched, verified and copied in one
+//!                                                                                   pass: see `transfer`
 //! ```
 //! Everything that can refuse does so before anything is made. What is undone is only what this job made: the volume,
 //! if its claim says that there was none before. A volume that was there before is overwritten only after the image is
@@ -15,6 +19,7 @@ mod in_use;
 mod order;
 mod plan;
 mod services;
+mod transfer;
 mod view;
 
 use lvp_api::JobKind;

@@ -3,6 +3,7 @@
 
 use lvp_api::{
     ByteSize, Digest, ErrorCode, GIB, ImageFormat, PrefetchRequest, ProvisionRequest, TargetSpec, VolumeName,
+    ZeroPolicy,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -46,6 +47,9 @@ pub struct VolumeOrder {
     pub size: u64,
     /// Its target, written out, so that a changed configuration does not move a waiting job.
     pub target: String,
+    /// What is zeroed in it, likewise.
+    #[serde(default)]
+    pub zero: ZeroPolicy,
 }
 
 impl VolumeOrder {
@@ -66,14 +70,18 @@ impl Order {
         let name: VolumeName =
             request.volume_name.parse().map_err(|invalid| Error::invalid(ErrorCode::InvalidVolumeName, &invalid))?;
         let size = size(request.volume_size_gb, request.size)?;
-        let target = targets.find(request.target.as_deref(), trusted)?.spec.to_string();
+        let target = targets.find(request.target.as_deref(), trusted)?;
         let image = ImageRequest {
             url: &request.image_url,
             format: request.image_type,
             checksum: request.checksum.as_deref(),
             correlation_id: request.correlation_id.as_ref(),
         };
-        image.order(sources, trusted, Some(VolumeOrder { name, size, target }))
+        image.order(
+            sources,
+            trusted,
+            Some(VolumeOrder { name, size, target: target.spec.to_string(), zero: target.zero }),
+        )
     }
 
     /// From a request to fetch an image.

@@ -12,13 +12,16 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    format::{self, Bytes, Header},
-    image::{ImageUrl, Reader, Resolved, Wanted},
+    format::{self, Bytes, Header, Image},
+    image::{ImageUrl, Reader, Resolved, Wanted, serves_no_parts},
     progress::Progress,
     task::blocking,
     volume::{Volume, VolumeBackend},
 };
 
+/// Tables of so many bytes at most are read at the source, to know everything before anything is made: those of an image
+/// with a disk of 128 GiB and the usual clusters. Larger ones are checked when they come.
+const TABLES_AT_SOURCE: u64 = 16 << 20;
 /// An existing volume is reused when its size differs by no more than one part in this many: ±5 %.
 const SIZE_TOLERANCE: u128 = 20;
 
@@ -29,13 +32,33 @@ pub async fn resolve(services: &Services, order: &Order, progress: &Progress) ->
     services.images.resolve(&wanted, progress).await
 }
 
-/// Reads the image's header where it is: in the cache, or at the source by a few ranged reads. `None` where the source
-/// cannot do those: the header is then checked when the image is here, still before there is a volume.
-pub async fn inspect(resolved: &Resolved, order: &Order, progress: &Progress) -> Result<Option<Header>> {
-    let declared = order.image_type;
-    let name = order.image_shown.clone();
+/// What is known of an image before it is here.
+#[derive(Debug, Clone)]
+pub struct Examined {
+    /// Its header.
+    pub header: Header,
+    /// How many bytes of its disk are stored, where all its tables were read.
+    pub data_bytes: Option<u64>,
+}
+
+/// Reads an image where it is: in the cache, or at the source by a few ranged reads; all its tables, if they are not too
+/// many to be read twice. `None` where the source has no ranges: the image is then read when it comes.
+pub async fn examine(resolved: &Resolved, order: &Order, progress: &Progress) -> Result<Option<Examined>> {
+    let (declared, name) = (order.image_type, order.image_shown.clone());
+    let is_here = resolved.cached().is_some();
     let Some(reader) = resolved.reader(progress)? else { return Ok(None) };
-    blocking(move || format::inspect(&ImageBytes { reader, name }, declared)).await.map(Some)
+    let examined = blocking(move || {
+        let bytes: Arc<dyn Bytes> = Arc::new(ImageBytes { reader, name });
+        let header = format::inspect(&*bytes, declared)?;
+        if !is_here && header.table_bytes() > TABLES_AT_SOURCE {
+            return Ok(Examined { header, data_bytes: None });
+        }
+        Ok(Examined { header, data_bytes: Some(Image::open(bytes, declared)?.data_bytes()) })
+    });
+    match examined.await {
+        Err(error) if serves_no_parts(&error) => Ok(None),
+        examined => examined.map(Some),
+    }
 }
 
 /// The image where it is, as the bytes that a format is read from.
@@ -159,7 +182,7 @@ pub async fn plan(services: &Arc<Services>, order: &Order) -> Result<Plan> {
     let volume = order.volume.clone().ok_or_else(|| Error::internal("a plan is for a volume"))?;
     let progress = Progress::default();
     let resolved = resolve(services, order, &progress).await?;
-    let header = inspect(&resolved, order, &progress).await?;
+    let header = examine(&resolved, order, &progress).await?.map(|examined| examined.header);
     let backend = services.targets.find(Some(&volume.spec()?.to_string()), true)?.backend;
     let libvirt = services.libvirt.clone();
     let (wanted, image) = (volume.clone(), header.as_ref().map(|header| header.virtual_size));
@@ -201,13 +224,13 @@ pub async fn plan(services: &Arc<Services>, order: &Order) -> Result<Plan> {
 mod tests {
     use std::path::PathBuf;
 
-    use lvp_api::{GIB, VolumeName};
+    use lvp_api::{GIB, VolumeName, ZeroPolicy};
 
     use super::*;
     use crate::volume::Tags;
 
     fn wanted(size: u64) -> VolumeOrder {
-        VolumeOrder { name: "web-1".parse().unwrap(), size, target: "lvm:vg0".to_owned() }
+        VolumeOrder { name: "web-1".parse().unwrap(), size, target: "lvm:vg0".to_owned(), zero: ZeroPolicy::Full }
     }
 
     fn existing(size: u64, unsuitable: Option<&'static str>) -> Volume {

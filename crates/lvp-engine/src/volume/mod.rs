@@ -19,7 +19,7 @@ use lvp_api::{Digest, JobId, TargetSpec, VolumeName};
 pub use self::{
     directory::Directory,
     lvm::Lvm,
-    targets::{Target, Targets},
+    targets::{Target, TargetSettings, Targets},
 };
 use crate::{
     error::{Error, Result},

@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use lvp_api::{ErrorCode, TargetSpec, VolumeName};
+use lvp_api::{ErrorCode, TargetSpec, VolumeName, ZeroPolicy};
 
 use super::{LockRetry, VolumeBackend, backend};
 use crate::error::{Error, Result};
@@ -14,9 +14,24 @@ use crate::error::{Error, Result};
 /// The name of the target that a request means when it names none.
 const DEFAULT: &str = "default";
 
+/// What the configuration says of a target.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TargetSettings {
+    /// What it is.
+    pub spec: TargetSpec,
+    /// What is zeroed in its volumes.
+    pub zero: ZeroPolicy,
+}
+
+impl From<TargetSpec> for TargetSettings {
+    fn from(spec: TargetSpec) -> Self {
+        Self { spec, zero: ZeroPolicy::Full }
+    }
+}
+
 /// All targets.
 pub struct Targets {
-    configured: BTreeMap<String, TargetSpec>,
+    configured: BTreeMap<String, TargetSettings>,
     retry: LockRetry,
 }
 
@@ -25,6 +40,8 @@ pub struct Targets {
 pub struct Target {
     /// What it is, written out.
     pub spec: TargetSpec,
+    /// What is zeroed in its volumes.
+    pub zero: ZeroPolicy,
     /// How to act on it.
     pub backend: Arc<dyn VolumeBackend>,
 }
@@ -55,7 +72,7 @@ fn canonical(path: &Path) -> PathBuf {
 
 impl Targets {
     /// These targets, by name.
-    pub fn new(configured: BTreeMap<String, TargetSpec>, retry: LockRetry) -> Self {
+    pub fn new(configured: BTreeMap<String, TargetSettings>, retry: LockRetry) -> Self {
         Self { configured, retry }
     }
 
@@ -67,31 +84,26 @@ impl Targets {
     pub fn find(&self, text: Option<&str>, written_out_is_allowed: bool) -> Result<Target> {
         let text = text.unwrap_or(DEFAULT);
         let spec: TargetSpec = text.parse().map_err(|invalid| Error::invalid(ErrorCode::InvalidTarget, &invalid))?;
-        let spec = match spec {
+        let settings = match spec {
             TargetSpec::Named(name) => self.configured.get(&name).cloned().ok_or_else(|| self.not_found(&name))?,
-            // What is configured may be named either way.
-            written_out if written_out_is_allowed || self.configured.values().any(|known| *known == written_out) => {
-                written_out
-            }
-            _ => {
-                return Err(Error::new(
-                    ErrorCode::NotPermitted,
-                    format!(
-                        "target '{text}' is not configured, and only this machine's administrator may write one out"
-                    ),
-                )
-                .hint("configure it under [targets.NAME], or use the command line on the machine itself"));
-            }
+            written_out => match self.configured.values().find(|known| known.spec == written_out) {
+                // What is configured may be named either way.
+                Some(known) => known.clone(),
+                None if written_out_is_allowed => TargetSettings::from(written_out),
+                None => return Err(not_configured(text)),
+            },
         };
-        Ok(Target { backend: backend(&spec, &self.retry)?, spec })
+        self.target(&settings)
     }
 
     /// All configured targets.
     pub fn all(&self) -> Result<Vec<(String, Target)>> {
-        let found = |(name, spec): (&String, &TargetSpec)| {
-            Ok((name.clone(), Target { backend: backend(spec, &self.retry)?, spec: spec.clone() }))
-        };
-        self.configured.iter().map(found).collect()
+        self.configured.iter().map(|(name, settings)| Ok((name.clone(), self.target(settings)?))).collect()
+    }
+
+    fn target(&self, settings: &TargetSettings) -> Result<Target> {
+        let TargetSettings { spec, zero } = settings.clone();
+        Ok(Target { backend: backend(&spec, &self.retry)?, spec, zero })
     }
 
     fn not_found(&self, name: &str) -> Error {
@@ -105,13 +117,23 @@ impl Targets {
     }
 }
 
+fn not_configured(text: &str) -> Error {
+    Error::new(
+        ErrorCode::NotPermitted,
+        format!("target '{text}' is not configured, and only this machine's administrator may write one out"),
+    )
+    .hint("configure it under [targets.NAME], or use the command line on the machine itself")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn targets() -> Targets {
         let configured = [("default", "lvm:vg0"), ("fast", "lvm:vg0/pool0")];
-        let configured = configured.map(|(name, spec)| (name.to_owned(), spec.parse().unwrap())).into();
+        let configured = configured
+            .map(|(name, spec)| (name.to_owned(), TargetSettings::from(spec.parse::<TargetSpec>().unwrap())))
+            .into();
         Targets::new(configured, LockRetry { attempts: 0, backoff: Vec::new() })
     }
 

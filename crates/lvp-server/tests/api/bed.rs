@@ -114,7 +114,7 @@ impl Door {
 }
 
 fn settings(root: &Path, endpoint: &str) -> EngineSettings {
-    let target = |name: &str| lvp_api::TargetSpec::Directory { path: root.join(name) };
+    let target = |name: &str| lvp_api::TargetSpec::Directory { path: root.join(name) }.into();
     let milliseconds = |number| vec![Duration::from_millis(number)];
     EngineSettings {
         state_directory: root.join("state"),

@@ -9,5 +9,6 @@ mod defects;
 mod golden;
 mod images;
 mod jobs;
+mod one_pass;
 mod surface;
 mod volumes;

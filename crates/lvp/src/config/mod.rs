@@ -11,10 +11,10 @@ use std::{
     time::Duration,
 };
 
-use lvp_api::{ByteSize, ErrorCode, TargetSpec};
+use lvp_api::{ByteSize, ErrorCode, TargetSpec, ZeroPolicy};
 use lvp_engine::{
     Credentials, EngineSettings, Error, LibvirtSetting, LockRetry, Recovery, Result, Secret, SourceSettings,
-    parse_endpoint,
+    TargetSettings, parse_endpoint,
 };
 use lvp_server::listen::Addresses;
 
@@ -69,7 +69,7 @@ pub type Flags = Vec<(&'static str, String)>;
 #[derive(Debug)]
 pub struct Config {
     values: BTreeMap<&'static str, Value>,
-    targets: BTreeMap<String, (TargetSpec, Origin)>,
+    targets: BTreeMap<String, (TargetSettings, Origin)>,
     warnings: Vec<String>,
 }
 
@@ -119,8 +119,8 @@ impl Config {
         if let Some(targets) = document.remove("targets") {
             let targets = targets.as_table().ok_or_else(|| bad("targets is not a table".to_owned()))?;
             for (name, fields) in targets {
-                let spec = target(fields).map_err(|why| bad(format!("targets.{name} {why}")))?;
-                self.targets.insert(name.clone(), (spec, Origin::File(path.to_owned())));
+                let settings = target(fields).map_err(|why| bad(format!("targets.{name} {why}")))?;
+                self.targets.insert(name.clone(), (settings, Origin::File(path.to_owned())));
             }
         }
         for (key, value) in flatten("", document) {
@@ -164,16 +164,16 @@ impl Config {
         let (group, pool) = (self.values["lvm.volume_group"].clone(), self.text("lvm.thin_pool"));
         if let Some(name) = &group.text {
             let written = pool.map_or(format!("lvm:{name}"), |pool| format!("lvm:{name}/{pool}"));
-            let spec = written.parse().map_err(|invalid: lvp_api::Invalid| {
+            let spec: TargetSpec = written.parse().map_err(|invalid: lvp_api::Invalid| {
                 Error::new(ErrorCode::InvalidConfiguration, format!("lvm.volume_group: {invalid}"))
             })?;
             // What is said for this process outranks what stands in the file.
             if !self.targets.contains_key("default") || !matches!(group.origin, Origin::File(_)) {
-                self.targets.insert("default".to_owned(), (spec, group.origin));
+                self.targets.insert("default".to_owned(), (spec.into(), group.origin));
             }
         } else if !self.targets.contains_key("default") {
             let path = self.state_directory()?.join("volumes");
-            self.targets.insert("default".to_owned(), (TargetSpec::Directory { path }, Origin::Default));
+            self.targets.insert("default".to_owned(), (TargetSpec::Directory { path }.into(), Origin::Default));
         }
         Ok(())
     }
@@ -198,7 +198,7 @@ impl Config {
         let targets = self
             .targets
             .iter()
-            .map(|(name, (spec, origin))| (format!("targets.{name}"), spec.to_string(), origin.to_string()));
+            .map(|(name, (settings, origin))| (format!("targets.{name}"), shown(settings), origin.to_string()));
         settings.chain(targets).collect()
     }
 
@@ -306,7 +306,7 @@ impl Config {
             cache_directory: self.text("cache_dir").map(PathBuf::from),
             cache_max_bytes: size.transpose()?,
             sources: self.sources()?,
-            targets: self.targets.iter().map(|(name, (spec, _))| (name.clone(), spec.clone())).collect(),
+            targets: self.targets.iter().map(|(name, (settings, _))| (name.clone(), settings.clone())).collect(),
             lock_retry: LockRetry {
                 attempts: self.number("lvm.retry_attempts")?.unwrap_or_default(),
                 backoff: self.milliseconds("lvm.retry_backoff_ms")?,
@@ -355,8 +355,8 @@ fn default_workers() -> usize {
 }
 
 /// A target's table: `kind = "lvm"` with `volume_group` and maybe `thin_pool`, or `kind = "dir"` with `path`.
-fn target(fields: &toml::Value) -> Result<TargetSpec, String> {
-    const FIELDS: [&str; 4] = ["kind", "volume_group", "thin_pool", "path"];
+fn target(fields: &toml::Value) -> Result<TargetSettings, String> {
+    const FIELDS: [&str; 5] = ["kind", "volume_group", "thin_pool", "path", "zero"];
     let fields = fields.as_table().ok_or("is not a table")?;
     if let Some(other) = fields.keys().find(|field| !FIELDS.contains(&field.as_str())) {
         return Err(format!("has no setting '{other}'{}", suggestion(other, FIELDS.into_iter())));
@@ -376,7 +376,17 @@ fn target(fields: &toml::Value) -> Result<TargetSpec, String> {
         Some(kind) => return Err(format!("has kind '{kind}'; there are lvm and dir")),
         None => return Err("has no kind; there are lvm and dir".to_owned()),
     };
-    written.parse().map_err(|invalid: lvp_api::Invalid| format!("is not possible: {invalid}"))
+    let not_possible = |invalid: lvp_api::Invalid| format!("is not possible: {invalid}");
+    let zero = text("zero")?.map_or(Ok(ZeroPolicy::Full), str::parse).map_err(not_possible)?;
+    Ok(TargetSettings { spec: written.parse().map_err(not_possible)?, zero })
+}
+
+/// A target as it is shown: what differs from the usual stands behind it.
+fn shown(settings: &TargetSettings) -> String {
+    match settings.zero {
+        ZeroPolicy::Full => settings.spec.to_string(),
+        zero => format!("{} (zero = {})", settings.spec, zero.name()),
+    }
 }
 
 /// What is wrong, and on which line; never the line itself, which may hold a key.

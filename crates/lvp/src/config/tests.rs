@@ -53,12 +53,15 @@ fn values_that_cannot_be_are_refused_with_their_origin() {
 
 #[test]
 fn a_volume_group_alone_makes_the_default_target() {
-    let spec = |config: &Config| config.targets["default"].0.to_string();
+    let spec = |config: &Config| config.targets["default"].0.spec.to_string();
     assert_eq!(spec(&merge("", &[("LVM_VOLUME_GROUP", "vg0")], Vec::new()).unwrap()), "lvm:vg0");
     let file =
         "[targets.default]\nkind='dir'\npath='/srv'\n[targets.fast]\nkind='lvm'\nvolume_group='vg0'\nthin_pool='pool0'";
     let config = merge(file, &[], Vec::new()).unwrap();
-    assert_eq!((spec(&config).as_str(), config.targets["fast"].0.to_string().as_str()), ("dir:/srv", "lvm:vg0/pool0"));
+    assert_eq!(
+        (spec(&config).as_str(), config.targets["fast"].0.spec.to_string().as_str()),
+        ("dir:/srv", "lvm:vg0/pool0")
+    );
     assert_eq!(spec(&merge(file, &[("LVM_VOLUME_GROUP", "vg1")], Vec::new()).unwrap()), "lvm:vg1");
     let none = merge("", &[("LVP_STATE_DIR", "/s")], Vec::new()).unwrap();
     assert_eq!(spec(&none), "dir:/s/volumes");

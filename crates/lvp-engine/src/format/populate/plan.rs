@@ -15,8 +15,9 @@ const ZERO_PIECE: u64 = 1 << 30;
 pub enum Piece {
     /// This range of the target is zero.
     Zero(Range<u64>),
-    /// This range is of at most a chunk and has these extents in it, which do not overlap; between them it is zero.
-    Data(Range<u64>, Vec<Extent>),
+    /// The chunk of this turn, counted from 0, is this range and has these extents in it, which do not overlap; between
+    /// them it is zero.
+    Data(u64, Range<u64>, Vec<Extent>),
 }
 
 /// The walk over an image's extents, cut to pieces.
@@ -29,12 +30,14 @@ pub struct Plan<'a> {
     /// The target's size.
     end: u64,
     chunk: u64,
+    /// The next chunk's.
+    turn: u64,
 }
 
 impl<'a> Plan<'a> {
     /// The plan for a target of `end` bytes, which is not smaller than the disk.
     pub fn new(extents: Box<dyn Iterator<Item = Result<Extent>> + Send + 'a>, end: u64, chunk: u64) -> Self {
-        Self { extents, current: None, at: 0, end, chunk }
+        Self { extents, current: None, at: 0, end, chunk, turn: 0 }
     }
 
     /// The next piece; none when all are given out.
@@ -50,7 +53,8 @@ impl<'a> Plan<'a> {
             Piece::Zero(start..self.at)
         } else {
             self.at = start.saturating_add(self.chunk).min(self.end);
-            Piece::Data(start..self.at, self.data_until(self.at)?)
+            self.turn += 1;
+            Piece::Data(self.turn - 1, start..self.at, self.data_until(self.at)?)
         };
         Ok(Some(piece))
     }
@@ -139,7 +143,7 @@ mod tests {
     fn zeros_are_joined_and_the_tail_is_one_of_them() {
         let stored = Content::Plain { stored: 5000 };
         let pieces = plan(&[(100, Content::Zero), (50, stored), (CHUNK * 3, Content::Zero)], CHUNK * 10);
-        assert_eq!(pieces, [Piece::Data(0..CHUNK, vec![plain(100, 50, 5000)]), Piece::Zero(CHUNK..CHUNK * 10)]);
+        assert_eq!(pieces, [Piece::Data(0, 0..CHUNK, vec![plain(100, 50, 5000)]), Piece::Zero(CHUNK..CHUNK * 10)]);
     }
 
     #[test]
@@ -150,8 +154,8 @@ mod tests {
             pieces,
             [
                 Piece::Zero(0..CHUNK * 2),
-                Piece::Data(CHUNK * 2..CHUNK * 3, vec![plain(CHUNK * 2 + 24, 1000, 9000)]),
-                Piece::Data(CHUNK * 3..CHUNK * 3 + 512, vec![plain(CHUNK * 3, 124, 10_000)]),
+                Piece::Data(0, CHUNK * 2..CHUNK * 3, vec![plain(CHUNK * 2 + 24, 1000, 9000)]),
+                Piece::Data(1, CHUNK * 3..CHUNK * 3 + 512, vec![plain(CHUNK * 3, 124, 10_000)]),
             ]
         );
     }

@@ -3,8 +3,11 @@
 use std::ops::Range;
 
 use super::{
-    super::{Decoder, Extent},
-    Copy, Populated,
+    super::{
+        Decoder, Extent,
+        content::{is_zero, leaves},
+    },
+    Copy, Counts,
     plan::Piece,
 };
 use crate::{
@@ -21,23 +24,23 @@ pub struct Worker<'a, 'b> {
     copy: &'a Copy<'b>,
     decoder: Decoder,
     buffer: AlignedBuffer,
-    done: Populated,
+    done: Counts,
 }
 
 impl<'a, 'b> Worker<'a, 'b> {
     pub fn new(copy: &'a Copy<'b>) -> Result<Self> {
         let size = usize::try_from(copy.chunk).map_err(|_| Error::internal("a chunk does not fit memory"))?;
-        Ok(Self { copy, decoder: Decoder::new()?, buffer: AlignedBuffer::new(size), done: Populated::default() })
+        Ok(Self { copy, decoder: Decoder::new()?, buffer: AlignedBuffer::new(size), done: Counts::default() })
     }
 
     /// Works until the plan is at its end, the job shall stop or another worker has failed.
-    pub fn run(mut self) -> Result<Populated> {
+    pub fn run(mut self) -> Result<Counts> {
         while self.copy.goes_on()? {
             let piece = self.copy.next_piece()?;
             match piece {
                 None => break,
                 Some(Piece::Zero(range)) => self.zero(range, true)?,
-                Some(Piece::Data(range, extents)) => self.data(range, &extents)?,
+                Some(Piece::Data(turn, range, extents)) => self.data(turn, range, &extents)?,
             }
         }
         Ok(self.done)
@@ -52,7 +55,7 @@ impl<'a, 'b> Worker<'a, 'b> {
         }
         let progress = self.copy.progress;
         let mut check = || progress.check();
-        self.copy.target.zero(range.start, length, &mut check)?;
+        self.done.bytes_offloaded += self.copy.target.zero(range.start, length, &mut check)?;
         self.done.bytes_zeroed += length;
         if counts {
             progress.advance(length);
@@ -60,8 +63,8 @@ impl<'a, 'b> Worker<'a, 'b> {
         Ok(())
     }
 
-    /// Assembles a chunk and writes it.
-    fn data(&mut self, range: Range<u64>, extents: &[Extent]) -> Result<()> {
+    /// Assembles a chunk, hashes and writes it.
+    fn data(&mut self, turn: u64, range: Range<u64>, extents: &[Extent]) -> Result<()> {
         let length = (range.end - range.start) as usize;
         let mut filled = 0;
         let mut decoded = 0;
@@ -75,6 +78,7 @@ impl<'a, 'b> Worker<'a, 'b> {
         }
         self.buffer[filled..length].fill(0);
         self.done.bytes_decoded += decoded;
+        self.copy.content.put(turn, leaves(&self.buffer[..length], range.start));
         self.write(range.start, length)?;
         self.copy.progress.advance(if self.copy.reads_zero { decoded } else { length as u64 });
         Ok(())
@@ -122,12 +126,6 @@ fn run(bytes: &[u8], at: usize, least: usize) -> (bool, usize) {
 fn zeros_from(bytes: &[u8], at: usize) -> usize {
     let zeros: usize = bytes[at..].chunks(BLOCK).take_while(|block| is_zero(block)).map(<[u8]>::len).sum();
     at + zeros
-}
-
-/// Whether all bytes are zero; in steps that the compiler makes wide instructions of.
-fn is_zero(bytes: &[u8]) -> bool {
-    let (steps, rest) = bytes.as_chunks::<64>();
-    steps.iter().all(|step| step.iter().fold(0, |all, byte| all | byte) == 0) && rest.iter().all(|byte| *byte == 0)
 }
 
 #[cfg(test)]

@@ -39,7 +39,7 @@ pub enum Compression {
 }
 
 /// The part of the header that reading needs, with all bounds checked.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
     pub version: u32,
     pub cluster_bits: u32,

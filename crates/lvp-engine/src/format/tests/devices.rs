@@ -12,7 +12,7 @@ use lvp_api::ImageFormat;
 
 use super::{OLD, OPTIONS, room, sparse_file, used_file};
 use crate::{
-    format::{Image, Populated, populate, sync},
+    format::{Image, populate, populate::Counts, sync},
     host::block::BlockTarget,
     progress::Progress,
 };
@@ -26,9 +26,9 @@ fn image_in(directory: &Path, size: u64, options: &Qcow2Options) -> (Image, Vec<
     (Image::open_file(&path, ImageFormat::Qcow2).unwrap(), fs::read(&raw).unwrap())
 }
 
-fn copied(image: &Image, device: &LoopDevice, size: u64, reads_zero: bool) -> Populated {
+fn copied(image: &Image, device: &LoopDevice, size: u64, reads_zero: bool) -> Counts {
     let target = BlockTarget { path: device.path.clone(), size, reads_zero };
-    let done = populate(image, &target, &OPTIONS, &Progress::default()).unwrap();
+    let done = populate(image, &target, &OPTIONS, &Progress::default()).unwrap().counts;
     sync(&target).unwrap();
     assert_eq!(done.bytes_written + done.bytes_zeroed + done.bytes_skipped, size);
     done

@@ -113,21 +113,24 @@ impl OpenTarget {
             .map_err(|error| Error::io("writing", &self.path, error).detail("offset", offset))
     }
 
-    /// Makes `length` bytes from `offset` read as zero. Same bounds as [`write_at`](Self::write_at). `check` is asked
-    /// before every piece; its error ends the work.
+    /// Makes `length` bytes from `offset` read as zero, and says how many of them the device or file system did by itself.
+    /// Same bounds as [`write_at`](Self::write_at). `check` is asked before every piece; its error ends the work.
     ///
     /// # Errors
     /// What `check` gives; `input_output`; `internal` for a range that is not aligned or passes the target's end.
-    pub fn zero(&self, offset: u64, length: u64, check: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+    pub fn zero(&self, offset: u64, length: u64, check: &mut dyn FnMut() -> Result<()>) -> Result<u64> {
         self.bounds(offset, length)?;
         let end = offset + length;
-        let mut at = offset;
+        let (mut at, mut offloaded) = (offset, 0);
         while at < end {
             check()?;
             let piece = (end - at).min(if self.device { DEVICE_PIECE } else { FILE_PIECE });
-            at += self.zero_piece(at, piece).map_err(|error| Error::io("zeroing", &self.path, error))?;
+            let (done, by_itself) =
+                self.zero_piece(at, piece).map_err(|error| Error::io("zeroing", &self.path, error))?;
+            at += done;
+            offloaded += if by_itself { done } else { 0 };
         }
-        Ok(())
+        Ok(offloaded)
     }
 
     /// Flushes to stable storage.
@@ -138,18 +141,18 @@ impl OpenTarget {
         self.plain.sync_data().map_err(|error| Error::io("flushing", &self.path, error))
     }
 
-    /// Zeroes up to `length` bytes in the best way that works, and says how many.
-    fn zero_piece(&self, offset: u64, length: u64) -> io::Result<u64> {
+    /// Zeroes up to `length` bytes in the best way that works; says how many, and whether not by writing zeros.
+    fn zero_piece(&self, offset: u64, length: u64) -> io::Result<(u64, bool)> {
         loop {
             let lost = self.ways_lost.load(Ordering::Relaxed);
             let ways = if self.device { DEVICE_WAYS } else { FILE_WAYS };
             let mode = match ways[usize::from(lost).min(ways.len() - 1)] {
                 Way::Range => FallocateFlags::ZERO_RANGE,
                 Way::Punch => FallocateFlags::PUNCH_HOLE,
-                Way::Write => return self.write_zeros(offset, length.min(WRITTEN_PIECE)),
+                Way::Write => return Ok((self.write_zeros(offset, length.min(WRITTEN_PIECE))?, false)),
             };
             match fallocate(&self.plain, mode | FallocateFlags::KEEP_SIZE, offset, length) {
-                Ok(()) => return Ok(length),
+                Ok(()) => return Ok((length, true)),
                 Err(Errno::INTR) => {}
                 Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::PERM) => {
                     // Another thread may have found the same: then the next way is already taken.

@@ -3,6 +3,7 @@
 mod cache;
 mod faults;
 mod flights;
+mod resume;
 mod secrecy;
 mod sources;
 mod space;
@@ -17,8 +18,8 @@ use lvp_api::{Digest, DigestAlgorithm, ErrorCode, ImageFormat};
 use tempfile::TempDir;
 
 use super::{
-    Credentials, Entry, Fetch, ImageSettings, ImageUrl, Images, Resolved, Secret, SourceSettings, Wanted,
-    hasher::sha256_hex, images::Unpublished, index::Usage, parse_endpoint,
+    Credentials, Entry, Fetch, ImageSettings, ImageUrl, Images, Resolved, Secret, SourceSettings, Unpublished, Wanted,
+    hasher::sha256_hex, index::Usage, parse_endpoint,
 };
 use crate::{
     error::{Error, Result},
@@ -74,7 +75,7 @@ impl Bed {
 
     /// Resolves and fetches, and expects a download.
     async fn download(&self, url: &str) -> Result<Box<Unpublished>> {
-        match self.images.fetch(&self.resolve(url).await?, &Progress::default()).await? {
+        match self.images.fetch(&self.resolve(url).await?, None, &Progress::default()).await? {
             Fetch::New(new) => Ok(new),
             Fetch::Cached(entry) => panic!("{entry:?} was cached"),
         }
@@ -132,7 +133,7 @@ async fn open(path: &Path, settings: &SourceSettings, max_bytes: Option<u64>) ->
 
 /// Resolves, fetches and publishes.
 async fn bring(images: &Images, wanted: &Wanted, progress: &Progress) -> Result<Entry> {
-    match images.fetch(&images.resolve(wanted, progress).await?, progress).await? {
+    match images.fetch(&images.resolve(wanted, progress).await?, None, progress).await? {
         Fetch::Cached(entry) => Ok(entry),
         Fetch::New(new) => new.publish(1 << 30).await,
     }

@@ -1,0 +1,225 @@
+//! An image to a new volume in one pass: fetched or verified, and written, at the same time.
+//!
+//! ```text
+//!  at the source   download ──► file in the cache ──mark──► copy ──► volume      the digest decides at the end,
+//!                     └─► hash                                                   and the gate on the whole file
+//!  in the cache    walk: chunk digests ─────────────mark──► copy ──► volume      a wrong chunk stops the copy
+//! ```
+//! What is written before the verdict is written to a volume of this job only; a verdict against the image is an error,
+//! and the job's undo removes the volume. Where the image is right but what was written is not (its cached file was
+//! damaged, its download began again in the middle), the volume is to be made anew: [`Transferred::Again`].
+//! It leaves out volumes that were there before: they are written after the verdict only.
+
+use std::{pin::pin, sync::Arc};
+
+use futures::future::{Either, select};
+use lvp_api::{ErrorCode, ImageFormat};
+use tokio::sync::oneshot;
+
+use super::plan::Examined;
+use crate::{
+    error::{Error, Result},
+    format::{self, Bytes, GrowingBytes, Image, PopulateOptions, Populated},
+    host::block::BlockTarget,
+    image::{Along, Entry, Fetch, Growing, Images, Resolved, Unpublished},
+    progress::Progress,
+    task::blocking,
+    watermark::Watermark,
+};
+
+/// One transfer.
+pub struct Transfer<'a> {
+    /// The cache.
+    pub images: &'a Images,
+    /// The image.
+    pub resolved: &'a Resolved,
+    /// What it is declared to be.
+    pub declared: ImageFormat,
+    /// What is known of it, if its source could say so.
+    pub examined: Option<Examined>,
+    /// The new volume.
+    pub target: &'a BlockTarget,
+    /// How to copy.
+    pub options: PopulateOptions,
+    /// The job's.
+    pub progress: &'a Progress,
+}
+
+/// What came of it.
+pub enum Transferred {
+    /// The volume holds the image.
+    Done {
+        /// The image in the cache.
+        entry: Entry,
+        /// Bytes that came from the source.
+        fetched: u64,
+        /// What was written.
+        populated: Populated,
+    },
+    /// The image is in order, but not what was written: the volume must be made anew.
+    Again {
+        /// Whether the cached image is gone, so that it must be resolved anew.
+        damaged: bool,
+    },
+}
+
+impl Transfer<'_> {
+    /// Does it.
+    ///
+    /// # Errors
+    /// Those of the source, the cache, the image and the target. The volume is then not to be used.
+    pub async fn run(self) -> Result<Transferred> {
+        if self.resolved.cached().is_none() {
+            return self.from_source().await;
+        }
+        match self.images.fetch(self.resolved, None, self.progress).await? {
+            Fetch::Cached(entry) => self.from_cache(entry, 0).await,
+            Fetch::New(_) => Err(Error::internal("an image that was cached was downloaded")),
+        }
+    }
+
+    /// Verifies the cached image and writes what is found right.
+    async fn from_cache(&self, entry: Entry, fetched: u64) -> Result<Transferred> {
+        let mark = Arc::<Watermark>::default();
+        let beside = self.progress.beside();
+        let walk = async {
+            let walked = self.images.compare(&entry, mark.clone(), self.progress).await;
+            self.progress.show(&beside);
+            walked
+        };
+        let copy = async {
+            let bytes = GrowingBytes::checking(entry.path(), mark.clone(), beside.clone())?;
+            let copied = self.copy(bytes, &beside).await;
+            if copied.is_err() {
+                mark.fail();
+            }
+            copied
+        };
+        match futures::join!(walk, copy) {
+            (Ok(()), Ok(populated)) => Ok(Transferred::Done { entry, fetched, populated }),
+            (Err(error), _) if error.code() == ErrorCode::ChecksumMismatch => {
+                tracing::error!(error = %error.chain(), "a cached image is damaged and fetched anew");
+                self.images.quarantine(&entry).await?;
+                Ok(Transferred::Again { damaged: true })
+            }
+            (Err(error), Err(copied)) if error.code() == ErrorCode::Interrupted => Err(copied),
+            (Err(error), _) | (_, Err(error)) => Err(error),
+        }
+    }
+
+    /// Downloads the image and writes what has come.
+    async fn from_source(&self) -> Result<Transferred> {
+        let (begun, begins) = oneshot::channel();
+        let mark = Arc::<Watermark>::default();
+        let beside = self.progress.beside();
+        let along = Along { mark: mark.clone(), begun };
+        let fetch = pin!(self.images.fetch(self.resolved, Some(along), self.progress));
+        let copy = pin!(self.copy_along(begins, mark, &beside));
+        let (fetched, copied) = match select(fetch, copy).await {
+            Either::Left((fetched, copy)) => (fetched, Either::Left(copy)),
+            Either::Right((Err(error), _)) if !is_for_the_verdict(&error) => return Err(error),
+            Either::Right((copied, fetch)) => (fetch.await, Either::Right(copied)),
+        };
+        let copied = async {
+            self.progress.show(&beside);
+            match copied {
+                Either::Left(copy) => copy.await,
+                Either::Right(copied) => copied,
+            }
+        };
+        match fetched {
+            Err(error) => {
+                // It ends soon: its mark has failed.
+                let _ = copied.await;
+                Err(error)
+            }
+            Ok(Fetch::Cached(entry)) => match copied.await? {
+                Some(populated) => Ok(Transferred::Done { entry, fetched: 0, populated }),
+                None => self.from_cache(entry, 0).await,
+            },
+            Ok(Fetch::New(unpublished)) => self.settle(unpublished, copied).await,
+        }
+    }
+
+    /// The image is here and its digest is right: it is published if it passes the gate, while the copy goes on.
+    async fn settle(
+        &self,
+        unpublished: Box<Unpublished>,
+        copied: impl Future<Output = Result<Option<Populated>>>,
+    ) -> Result<Transferred> {
+        let (fetched, along_is_good) = (unpublished.fetched(), unpublished.along_is_good());
+        let image = match self.gate(&unpublished).await {
+            Ok(image) => image,
+            Err(error) => {
+                unpublished.refuse(&error);
+                let _ = copied.await;
+                return Err(error);
+            }
+        };
+        let entry = unpublished.publish(image.virtual_size()).await?;
+        match copied.await {
+            Ok(Some(populated)) if along_is_good => Ok(Transferred::Done { entry, fetched, populated }),
+            // There was nothing to read along: no size was announced.
+            Ok(None) => self.from_cache(entry, fetched).await,
+            Ok(Some(_)) => Ok(Transferred::Again { damaged: false }),
+            Err(_) if !along_is_good => Ok(Transferred::Again { damaged: false }),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The whole gate on the file whose digest is right; and that what the volume was made by is what it says.
+    async fn gate(&self, unpublished: &Unpublished) -> Result<Image> {
+        let (path, declared) = (unpublished.path().to_owned(), self.declared);
+        let image = blocking(move || Image::open_file(&path, declared)).await?;
+        match &self.examined {
+            Some(examined) if examined.header != *image.header() => Err(Error::new(
+                ErrorCode::SourceChanged,
+                "the image's header was another one when it was first read than in the file that came",
+            )
+            .hint(
+                "try again; if it stays so, the server gives different bytes for a part and for the whole of a file",
+            )),
+            _ => Ok(image),
+        }
+    }
+
+    /// Copies from the file of a download that begins; none when none does.
+    async fn copy_along(
+        &self,
+        begins: oneshot::Receiver<Growing>,
+        mark: Arc<Watermark>,
+        beside: &Progress,
+    ) -> Result<Option<Populated>> {
+        let Ok(growing) = begins.await else { return Ok(None) };
+        self.copy(GrowingBytes::filling(growing.file, growing.path, growing.size, mark, beside.clone()), beside)
+            .await
+            .map(Some)
+    }
+
+    async fn copy(&self, bytes: GrowingBytes, beside: &Progress) -> Result<Populated> {
+        let (examined, declared, options) = (self.examined.clone(), self.declared, self.options);
+        let (target, progress) = (self.target.clone(), beside.clone());
+        blocking(move || {
+            let bytes: Arc<dyn Bytes> = Arc::new(bytes);
+            let examined = match examined {
+                Some(examined) => examined,
+                None => Examined { header: format::inspect(&*bytes, declared)?, data_bytes: None },
+            };
+            let image = Image::unproven(bytes, examined.header, examined.data_bytes);
+            format::populate(&image, &target, &options, &progress)
+        })
+        .await
+    }
+}
+
+/// Whether a copy failed in a way that the fetch must be heard about: the image's bytes are wrong, do not come, or the job
+/// is stopped and the fetch keeps what it has.
+fn is_for_the_verdict(error: &Error) -> bool {
+    is_image_fault(error)
+        || matches!(error.code(), ErrorCode::Interrupted | ErrorCode::Cancelled | ErrorCode::ShuttingDown)
+}
+
+/// Whether an error is about what is in an image, so that it may be one of its damage.
+pub fn is_image_fault(error: &Error) -> bool {
+    matches!(error.code(), ErrorCode::ImageInvalid | ErrorCode::ImageRefused | ErrorCode::ImageTypeMismatch)
+}
