@@ -9,7 +9,7 @@ use url::Url;
 
 use crate::{
     ErrorBody, ErrorCode, Health, Image, ImageVerification, Job, JobId, JobList, JobStatus, PinRequest, Plan,
-    PrefetchRequest, ProvisionRequest, Submitted, Volume,
+    PrefetchRequest, ProvisionRequest, Submitted, Volume, VolumeVerification,
 };
 
 /// What calls return.
@@ -128,6 +128,12 @@ impl Client {
     /// A volume, and who uses it.
     pub async fn volume(&self, name: &str, target: Option<&str>) -> Result<Volume> {
         self.send(self.request_with(Method::GET, &["api", "v1", "volumes", name], &target_query(target))).await
+    }
+
+    /// Reads a volume again and checks it against its receipt.
+    pub async fn verify_volume(&self, name: &str, target: Option<&str>) -> Result<VolumeVerification> {
+        let path = ["api", "v1", "volumes", name, "verify"];
+        self.send(self.request_with(Method::POST, &path, &target_query(target))).await
     }
 
     /// Deletes a volume that lvp made.

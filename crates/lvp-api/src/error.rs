@@ -102,6 +102,8 @@ error_codes! {
     ImageNotFound = "image_not_found", 404, NOT_FOUND, false;
     /// No volume has this name.
     VolumeNotFound = "volume_not_found", 404, NOT_FOUND, false;
+    /// Nothing is known of what the volume should hold.
+    ReceiptNotFound = "receipt_not_found", 404, NOT_FOUND, false;
     /// No target has this name.
     TargetNotFound = "target_not_found", 404, NOT_FOUND, false;
     /// The path exists, but not for this method.
@@ -195,6 +197,9 @@ impl ErrorCode {
             Self::BodyTooLarge => "send the request alone; an image is named by its URL, not sent",
             Self::ImageNotFound => "see the list of images; a digest needs 12 digits or more",
             Self::VolumeNotFound => "see the list of volumes; one of another target needs its target",
+            Self::ReceiptNotFound => {
+                "only what lvp provisioned last has a receipt; provision the volume again to get one"
+            }
             Self::JobFinished => "nothing is to be done; delete the volume if it is not wanted",
             Self::ImageInUse => "wait until the job that uses it has ended",
             Self::ImagePinned => "unpin it first",

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use crate::{Digest, ErrorCode, Invalid, VolumeName};
+use crate::{Digest, ErrorCode, Invalid, Receipt, VolumeName};
 
 /// The id of a job: a UUID, version 7, so that ids sort by time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
@@ -222,6 +222,9 @@ pub struct Job {
     /// The volume's device or file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device_path: Option<String>,
+    /// Of a completed provision: what was done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receipt: Option<Receipt>,
     /// When it was asked for.
     #[schema(value_type = String, format = DateTime)]
     pub created_at: Timestamp,

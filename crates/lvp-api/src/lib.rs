@@ -14,6 +14,7 @@ mod image;
 mod job;
 mod name;
 mod plan;
+mod receipt;
 mod request;
 mod size;
 mod target;
@@ -27,6 +28,7 @@ pub use image::{Image, ImageFormat, ImageVerification, PinRequest, PrefetchReque
 pub use job::{Job, JobId, JobKind, JobList, JobStatus, Progress, Stage, Submitted};
 pub use name::VolumeName;
 pub use plan::{Plan, VolumeAction};
+pub use receipt::{Receipt, StageTime, VolumeVerification};
 pub use request::ProvisionRequest;
 pub use size::{ByteSize, GIB, MIB};
 pub use target::{TargetSpec, ZeroPolicy};

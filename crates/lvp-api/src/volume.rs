@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{Digest, JobId, VolumeName};
+use crate::{Digest, JobId, Receipt, VolumeName};
 
 /// A volume of a target.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -26,6 +26,9 @@ pub struct Volume {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub image_digest: Option<Digest>,
+    /// What its last provision did, as long as nothing is known to have changed it. Only in the answer for a single volume.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receipt: Option<Receipt>,
     /// Why it may not be overwritten now; absent when it is free. Only in the answer for a single volume.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub in_use: Option<String>,

@@ -10,7 +10,8 @@ use rusqlite::{Connection, TransactionBehavior};
 use crate::error::{Error, Result};
 
 /// The schema, one entry per version; entries are only ever added. `PRAGMA user_version` counts the applied ones.
-const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
     CREATE TABLE jobs (
         id               TEXT PRIMARY KEY,
         kind             TEXT NOT NULL,
@@ -37,7 +38,16 @@ const MIGRATIONS: &[&str] = &["
         at       TEXT NOT NULL,
         PRIMARY KEY (job_id, position)
     ) STRICT;
-"];
+",
+    "
+    CREATE TABLE receipts (
+        exclusive TEXT PRIMARY KEY,
+        job_id    TEXT NOT NULL,
+        receipt   TEXT NOT NULL
+    ) STRICT;
+    CREATE INDEX receipts_by_job ON receipts (job_id);
+",
+];
 
 /// Opens (or makes) the database.
 ///

@@ -11,7 +11,7 @@ use std::{
 use futures::{Stream, stream};
 use lvp_api::{
     ErrorCode, Health, Image, ImageVerification, Job, JobId, JobKind, JobList, JobStatus, Plan, PrefetchRequest,
-    ProvisionRequest, Submitted, Volume, VolumeName,
+    ProvisionRequest, Receipt, Submitted, Volume, VolumeName, VolumeVerification,
 };
 use tokio::{sync::Mutex, time};
 
@@ -238,9 +238,10 @@ impl Engine {
         .await
     }
 
-    /// A volume, and who uses it.
+    /// A volume, its receipt, and who uses it.
     pub async fn volume(&self, name: &str, target: Option<&str>, caller: Caller) -> Result<Volume> {
         let (name, target) = (volume_name(name)?, self.target(target, caller)?);
+        let receipt = self.receipt(&target, &name).await?;
         let (libvirt, holder) =
             (self.inner.services.libvirt.clone(), self.inner.runner.holder(&target.exclusive_key(&name)));
         blocking(move || {
@@ -251,18 +252,47 @@ impl Engine {
                 Err(error) => users.push(format!("not known, because {}", error.chain())),
             }
             let in_use = (!users.is_empty()).then(|| users.join("; "));
-            Ok(Volume { in_use, ..provision::view_volume(volume, &target) })
+            let receipt = provision::valid_receipt(&volume, receipt);
+            Ok(Volume { in_use, receipt, ..provision::view_volume(volume, &target) })
         })
         .await
+    }
+
+    async fn receipt(&self, target: &Target, name: &VolumeName) -> Result<Option<Receipt>> {
+        let stored = self.inner.store.receipt(target.exclusive_key(name)).await?;
+        // One of a version that cannot be read any more is none.
+        Ok(stored.and_then(|receipt| serde_json::from_value(receipt).ok()))
+    }
+
+    /// Checks a volume against its receipt; one at a time, and no longer than somebody waits for it.
+    pub async fn verify_volume(&self, name: &str, target: Option<&str>, caller: Caller) -> Result<VolumeVerification> {
+        let (name, target) = (volume_name(name)?, self.target(target, caller)?);
+        let receipt = self.receipt(&target, &name).await?;
+        self.refuse_held(&name, &target)?;
+        let _turn = self.inner.verifying.lock().await;
+        let progress = Progress::default();
+        let _ends_with_the_caller = StopOnDrop(progress.clone());
+        let volume = blocking(move || {
+            provision::find_settled(&*target.backend, &name)?.ok_or_else(|| no_volume(&name, &target))
+        });
+        provision::verify_volume(&self.inner.services, volume.await?, receipt, &progress).await
+    }
+
+    /// Refuses a volume that a job works on.
+    fn refuse_held(&self, name: &VolumeName, target: &Target) -> Result<()> {
+        match self.inner.runner.holder(&target.exclusive_key(name)) {
+            None => Ok(()),
+            Some(job) => {
+                Err(Error::new(ErrorCode::VolumeInUse, format!("volume {name} is being written by job {job}"))
+                    .hint("cancel the job, or wait for its end"))
+            }
+        }
     }
 
     /// Deletes a volume that lvp made and nothing uses.
     pub async fn delete_volume(&self, name: &str, target: Option<&str>, force: bool, caller: Caller) -> Result<()> {
         let (name, target) = (volume_name(name)?, self.target(target, caller)?);
-        if let Some(job) = self.inner.runner.holder(&target.exclusive_key(&name)) {
-            return Err(Error::new(ErrorCode::VolumeInUse, format!("volume {name} is being written by job {job}"))
-                .hint("cancel the job, or wait for its end"));
-        }
+        self.refuse_held(&name, &target)?;
         let libvirt = self.inner.services.libvirt.clone();
         blocking(move || {
             let volume = provision::find_settled(&*target.backend, &name)?.ok_or_else(|| no_volume(&name, &target))?;

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lvp_api::{ErrorCode, Stage};
+use lvp_api::{ErrorCode, Stage, StageTime};
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, Result};
@@ -56,12 +56,15 @@ struct Stopping {
 
 struct StageClock {
     stage: Stage,
+    since: Instant,
+    /// The stages before, each once, in the order of their first time.
+    past: Vec<(Stage, Duration)>,
     samples: VecDeque<(Instant, u64)>,
 }
 
 impl Default for StageClock {
     fn default() -> Self {
-        Self { stage: Stage::Queued, samples: VecDeque::new() }
+        Self { stage: Stage::Queued, since: Instant::now(), past: Vec::new(), samples: VecDeque::new() }
     }
 }
 
@@ -92,6 +95,8 @@ impl Progress {
 
     /// Shows another piece of work's counts as the job's own, until the next stage begins.
     pub fn show(&self, beside: &Self) {
+        let stage = locked(&beside.counts.stage).stage;
+        locked(&self.counts.stage).switch(stage);
         *locked(&self.counts.shown) = Some(beside.counts.clone());
     }
 
@@ -99,7 +104,7 @@ impl Progress {
     pub fn enter(&self, stage: Stage, total: u64) {
         *locked(&self.counts.shown) = None;
         let mut clock = locked(&self.counts.stage);
-        clock.stage = stage;
+        clock.switch(stage);
         clock.samples.clear();
         self.counts.processed.store(0, Ordering::Relaxed);
         self.counts.total.store(total, Ordering::Relaxed);
@@ -161,6 +166,15 @@ impl Progress {
         }
     }
 
+    /// How long each stage has been shown so far.
+    pub fn stage_times(&self) -> Vec<StageTime> {
+        let mut clock = locked(&self.counts.stage);
+        let stage = clock.stage;
+        clock.switch(stage);
+        let past = clock.past.iter().filter(|(stage, _)| *stage != Stage::Queued);
+        past.map(|(stage, time)| StageTime { stage: *stage, milliseconds: time.as_millis() as u64 }).collect()
+    }
+
     /// The numbers now.
     pub fn snapshot(&self) -> lvp_api::Progress {
         let shown = locked(&self.counts.shown).clone();
@@ -196,6 +210,17 @@ impl Counts {
 }
 
 impl StageClock {
+    /// Another stage begins.
+    fn switch(&mut self, stage: Stage) {
+        let now = Instant::now();
+        let took = now.duration_since(std::mem::replace(&mut self.since, now));
+        match self.past.iter_mut().find(|(known, _)| *known == self.stage) {
+            Some((_, time)) => *time += took,
+            None => self.past.push((self.stage, took)),
+        }
+        self.stage = stage;
+    }
+
     /// Takes a sample and gives the mean rate over the window.
     fn rate(&mut self, now: Instant, processed: u64) -> Option<u64> {
         if self.samples.back().is_none_or(|(last, _)| now.duration_since(*last) >= SAMPLE_DISTANCE) {
@@ -250,6 +275,8 @@ mod tests {
         progress.enter(Stage::Downloading, 100);
         let again = progress.snapshot();
         assert_eq!((again.stage, again.bytes_processed, again.percent), (Stage::Downloading, 0, 79));
+        let times: Vec<Stage> = progress.stage_times().into_iter().map(|time| time.stage).collect();
+        assert_eq!(times, [Stage::Downloading, Stage::Populating]);
         progress.stop(Stop::Cancel);
         assert!(beside.check().is_err());
     }

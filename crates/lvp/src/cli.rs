@@ -73,7 +73,7 @@ pub enum Command {
     /// Show and change the image cache
     #[command(subcommand)]
     Image(Image),
-    /// Show and delete volumes
+    /// Show, verify and delete volumes
     #[command(subcommand)]
     Volume(Volume),
     /// Show the configuration
@@ -224,6 +224,15 @@ pub enum Volume {
     },
     /// Show a volume, and who uses it
     Show {
+        /// Its name
+        #[arg(value_parser = parse::<VolumeName>)]
+        name: VolumeName,
+        /// The target; without it, the default one
+        #[arg(long, short)]
+        target: Option<String>,
+    },
+    /// Read a volume again and check it against its receipt
+    Verify {
         /// Its name
         #[arg(value_parser = parse::<VolumeName>)]
         name: VolumeName,

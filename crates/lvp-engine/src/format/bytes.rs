@@ -74,6 +74,23 @@ impl FileBytes {
         Ok(Self::new(file, path.to_owned(), length))
     }
 
+    /// The first `length` bytes of a volume, a file or a block device, as its device has them: what the page cache holds
+    /// of it is dropped first.
+    ///
+    /// # Errors
+    /// `input_output`.
+    pub fn of_volume(path: &Path, length: u64) -> Result<Self> {
+        let file = File::open(path).map_err(|error| Error::io("opening", path, error))?;
+        let bytes = Self::new(file, path.to_owned(), length);
+        bytes.forget(0, length);
+        Ok(bytes)
+    }
+
+    /// Drops what the page cache holds of a range; only advice.
+    pub fn forget(&self, offset: u64, length: u64) {
+        let _ = fadvise(&self.file, offset, std::num::NonZeroU64::new(length), Advice::DontNeed);
+    }
+
     fn new(file: File, path: PathBuf, length: u64) -> Self {
         // Only advice: a file system that does not take it reads as well, if slower.
         let _ = fadvise(&file, 0, None, Advice::Sequential);

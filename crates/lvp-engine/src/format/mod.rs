@@ -22,6 +22,7 @@ mod qcow2;
 mod raw;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 use std::{path::Path, sync::Arc};
 
@@ -30,6 +31,7 @@ use lvp_api::{ErrorCode, ImageFormat};
 pub use bytes::{Bytes, FileBytes, GrowingBytes};
 pub use populate::{PopulateOptions, Populated, populate, sync};
 pub use qcow2::Decoder;
+pub use verify::{content_digest, first_difference};
 
 use crate::error::{Error, Result};
 

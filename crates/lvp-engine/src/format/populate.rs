@@ -17,7 +17,7 @@ use std::{
 };
 
 use lvp_api::{ContentDigest, ErrorCode, Stage, ZeroPolicy};
-use plan::{Piece, Plan};
+pub(super) use plan::{Piece, Plan};
 use serde::{Deserialize, Serialize};
 use worker::Worker;
 
@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// A chunk is this long, or a cluster where that is longer: what one write takes at most.
-const CHUNK: u64 = 1 << 20;
+pub(super) const CHUNK: u64 = 1 << 20;
 
 /// How to copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -78,6 +78,9 @@ pub struct Store {
     connection: Arc<Mutex<Connection>>,
 }
 
+/// Receipts that are kept, the newest; a host has far fewer volumes.
+const RECEIPTS_KEPT: u32 = 10_000;
+
 const COLUMNS: &str = "id, kind, status, request, record, exclusive, cancel_requested, attempts, progress, error, \
                        created_at, started_at, updated_at, finished_at";
 
@@ -289,7 +292,16 @@ impl Store {
         .await
     }
 
-    /// A job ends.
+    /// What the last completed job with this exclusive key left as its receipt; its shape is the use case's own.
+    pub async fn receipt(&self, exclusive: String) -> Result<Option<Value>> {
+        let found = self.transact(move |t| {
+            let sql = "SELECT receipt FROM receipts WHERE exclusive = ?1";
+            t.query_row(sql, [exclusive], |row| row.get::<_, String>(0)).optional()
+        });
+        Ok(found.await?.and_then(|text| serde_json::from_str(&text).ok()))
+    }
+
+    /// A job ends. When it completed and its record has a `receipt`, that is kept for longer than the job.
     pub async fn finish(
         &self,
         id: JobId,
@@ -304,8 +316,11 @@ impl Store {
             t.execute(
                 "UPDATE jobs SET status = ?2, progress = ?3, error = ?4, record = ?5, updated_at = ?6, finished_at = ?6 WHERE id = ?1",
                 params![id.to_string(), status.name(), progress, error, record.to_string(), now()],
-            )
-            .map(drop)
+            )?;
+            match record.get("receipt").filter(|receipt| receipt.is_object() && status == JobStatus::Completed) {
+                Some(receipt) => keep_receipt(t, id, receipt),
+                None => Ok(()),
+            }
         })
         .await
     }
@@ -321,6 +336,20 @@ impl Store {
         })
         .await
     }
+}
+
+fn keep_receipt(transaction: &Transaction<'_>, id: JobId, receipt: &Value) -> rusqlite::Result<()> {
+    transaction.execute(
+        "INSERT INTO receipts (exclusive, job_id, receipt) SELECT exclusive, id, ?2 FROM jobs WHERE id = ?1
+         ON CONFLICT (exclusive) DO UPDATE SET job_id = excluded.job_id, receipt = excluded.receipt",
+        params![id.to_string(), receipt.to_string()],
+    )?;
+    transaction
+        .execute(
+            "DELETE FROM receipts WHERE job_id NOT IN (SELECT job_id FROM receipts ORDER BY job_id DESC LIMIT ?1)",
+            [RECEIPTS_KEPT],
+        )
+        .map(drop)
 }
 
 fn get(transaction: &Transaction<'_>, id: JobId) -> rusqlite::Result<Option<Stored>> {

@@ -4,7 +4,8 @@
 
 use std::{path::Path, sync::Arc};
 
-use lvp_api::{Digest, ErrorCode, JobId, Stage, ZeroPolicy};
+use jiff::Timestamp;
+use lvp_api::{Digest, ErrorCode, JobId, Receipt, Stage, ZeroPolicy};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -44,6 +45,8 @@ pub struct Record {
     pub overwriting: bool,
     /// What the populate did.
     pub populated: Option<Populated>,
+    /// What the job did in all; its volume's, from the end on.
+    pub receipt: Option<Receipt>,
     /// Whether the volume holds the image, to the last byte: then nothing more is done to it.
     pub finished: bool,
 }
@@ -66,6 +69,14 @@ pub enum Claim {
     Overwrite,
 }
 
+/// What a job finds when it claims its volume.
+enum Claimed {
+    /// It is this job's to write.
+    For(Claim),
+    /// An attempt before wrote it to the end; it has so many bytes.
+    Done(u64),
+}
+
 /// One job under way.
 pub struct Context {
     services: Arc<Services>,
@@ -78,6 +89,8 @@ pub struct Context {
     examined: Option<Examined>,
     /// The image, once it is here and verified.
     image: Option<(Entry, Arc<Image>)>,
+    /// Bytes that came from the source.
+    fetched: u64,
     target: Option<BlockTarget>,
 }
 
@@ -95,6 +108,7 @@ impl Context {
             resolved: None,
             examined: None,
             image: None,
+            fetched: 0,
             target: None,
         })
     }
@@ -162,22 +176,27 @@ impl Context {
         let before = self.record.clone();
         let claim = blocking(move || match find_settled(&*backend, &wanted.name)? {
             // An earlier attempt came to the end, and only that was not recorded. Its user may have the volume by now.
-            Some(volume) if before.is_on(&volume) => Ok(None),
-            Some(volume) if before.claim == Some(Claim::Make) && volume.tags.job == Some(job) => Ok(Some(Claim::Make)),
+            Some(volume) if before.is_on(&volume) => Ok(Claimed::Done(volume.size)),
+            Some(volume) if before.claim == Some(Claim::Make) && volume.tags.job == Some(job) => {
+                Ok(Claimed::For(Claim::Make))
+            }
             Some(volume) => {
                 plan::compatible(&volume, &wanted, virtual_size)?;
                 refuse_in_use(&volume, libvirt.as_ref())?;
-                Ok(Some(Claim::Overwrite))
+                Ok(Claimed::For(Claim::Overwrite))
             }
             None => {
                 virtual_size.map_or(Ok(()), |size| plan::fits(size, &wanted))?;
                 plan::admit(&*backend, &wanted)?;
-                Ok(Some(Claim::Make))
+                Ok(Claimed::For(Claim::Make))
             }
         });
         match claim.await? {
-            Some(claim) => self.record.claim = Some(claim),
-            None => self.record.finished = true,
+            Claimed::For(claim) => self.record.claim = Some(claim),
+            Claimed::Done(size) => {
+                self.record.finished = true;
+                self.record.receipt = self.record.receipt.take().or_else(|| self.receipt(size));
+            }
         }
         Ok(())
     }
@@ -216,6 +235,7 @@ impl Context {
                         return Err(error);
                     }
                 };
+                self.fetched = unpublished.fetched();
                 let entry = unpublished.publish(image.virtual_size()).await?;
                 Ok(Some((entry, image)))
             }
@@ -315,8 +335,9 @@ impl Context {
         let mut damaged_before = false;
         loop {
             let damaged = match self.transfer().await? {
-                Transferred::Done { entry, populated, .. } => {
+                Transferred::Done { entry, fetched, populated } => {
                     self.note_image(&entry);
+                    self.fetched += fetched;
                     self.record.populated = Some(populated);
                     return Ok(());
                 }
@@ -400,10 +421,33 @@ impl Context {
         .await?;
         self.record.finished = true;
         self.record.overwriting = false;
+        self.record.receipt = self.receipt(size);
         self.progress.enter(Stage::Finalizing, size);
         self.progress.set_processed(size);
         self.image = None;
         Ok(())
+    }
+
+    /// What was done, for a volume of so many bytes.
+    fn receipt(&self, volume_bytes: u64) -> Option<Receipt> {
+        let Populated { counts, content } = self.record.populated.clone()?;
+        Some(Receipt {
+            job_id: self.id,
+            finished_at: Timestamp::now(),
+            image_digest: self.record.image_digest.clone()?,
+            content_digest: content,
+            zero: self.options().zero,
+            volume_bytes,
+            bytes_fetched: self.fetched,
+            bytes_decoded: counts.bytes_decoded,
+            bytes_written: counts.bytes_written,
+            bytes_zeroed: counts.bytes_zeroed,
+            bytes_offloaded: counts.bytes_offloaded,
+            bytes_skipped: counts.bytes_skipped,
+            bytes_left: counts.bytes_left,
+            bytes_shared: 0,
+            stages: self.progress.stage_times(),
+        })
     }
 
     fn resolved(&self) -> Result<&Resolved> {

@@ -20,6 +20,7 @@ mod order;
 mod plan;
 mod services;
 mod transfer;
+mod verification;
 mod view;
 
 use lvp_api::JobKind;
@@ -30,6 +31,7 @@ pub use self::{
     order::Order,
     plan::plan,
     services::Services,
+    verification::{valid_receipt, verify_volume},
     view::{view_job, view_volume},
 };
 use crate::job::Step;

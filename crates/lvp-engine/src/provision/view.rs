@@ -27,6 +27,7 @@ pub fn view_job(stored: Stored) -> Result<Job> {
         volume: order.volume.as_ref().map(|volume| volume.name.clone()),
         target: order.volume.map(|volume| volume.target),
         device_path: record.device_path,
+        receipt: record.receipt,
         created_at: stored.created_at,
         started_at: stored.started_at,
         updated_at: stored.updated_at,
@@ -49,6 +50,7 @@ pub fn view_volume(volume: Volume, target: &volume::Target) -> lvp_api::Volume {
         made_by_lvp: volume.tags.made_by_lvp,
         job_id: volume.tags.job,
         image_digest: volume.tags.image,
+        receipt: None,
         in_use: None,
     }
 }

@@ -1,11 +1,11 @@
-//! Volumes: list, show, delete.
+//! Volumes: list, show, verify, delete.
 
 use axum::{
     Extension, Json,
     extract::{Path, State},
     http::StatusCode,
 };
-use lvp_api::{ErrorBody, Volume};
+use lvp_api::{ErrorBody, Volume, VolumeVerification};
 use lvp_engine::{Caller, Engine};
 use serde::Deserialize;
 use utoipa::IntoParams;
@@ -14,7 +14,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use crate::{body::Query, error::Result};
 
 pub fn routes() -> OpenApiRouter<Engine> {
-    OpenApiRouter::new().routes(routes!(list)).routes(routes!(show, delete))
+    OpenApiRouter::new().routes(routes!(list)).routes(routes!(show, delete)).routes(routes!(verify))
 }
 
 #[derive(Deserialize, IntoParams)]
@@ -54,6 +54,19 @@ async fn show(
     Query(query): Query<TargetQuery>,
 ) -> Result<Json<Volume>> {
     Ok(Json(engine.volume(&name, query.target.as_deref(), caller).await?))
+}
+
+#[utoipa::path(post, path = "/api/v1/volumes/{name}/verify", tag = "volumes", summary = "Check a volume against its receipt",
+    description = "Reads all of it. Only a volume that nobody has used since its provision can be as it was.",
+    params(("name" = String, Path), TargetQuery),
+    responses((status = 200, body = VolumeVerification), (status = 404, body = ErrorBody), (status = 409, description = "In use", body = ErrorBody)))]
+async fn verify(
+    State(engine): State<Engine>,
+    Extension(caller): Extension<Caller>,
+    Path(name): Path<String>,
+    Query(query): Query<TargetQuery>,
+) -> Result<Json<VolumeVerification>> {
+    Ok(Json(engine.verify_volume(&name, query.target.as_deref(), caller).await?))
 }
 
 #[utoipa::path(delete, path = "/api/v1/volumes/{name}", tag = "volumes", summary = "Delete a volume that lvp made",

@@ -43,6 +43,8 @@ async fn the_seeds_requests_get_the_seeds_answers_under_both_path_forms() {
             bed.ended(&id).await;
             let job = bed.tcp().get(&format!("{status}/{id}")).await.expect(200);
             let path = format!("ROOT/cache/ubuntu-20.04-{}.qcow2", &digest[..16]);
+            // `receipts` holds the receipt to its own account.
+            let receipt = &job["receipt"];
             let expected = json!({
                 "job_id": id,
                 "status": "completed",
@@ -62,8 +64,9 @@ async fn the_seeds_requests_get_the_seeds_answers_under_both_path_forms() {
                 "volume": volume,
                 "target": "dir:ROOT/volumes",
                 "device_path": format!("ROOT/volumes/{volume}.raw"),
+                "receipt": receipt,
             });
-            assert_eq!(normalised(&bed, job), expected);
+            assert_eq!(normalised(&bed, job.clone()), expected);
         }
     }
 }

@@ -10,5 +10,6 @@ mod golden;
 mod images;
 mod jobs;
 mod one_pass;
+mod receipts;
 mod surface;
 mod volumes;
