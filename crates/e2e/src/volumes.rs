@@ -6,12 +6,27 @@ use anyhow::{Result, ensure};
 
 use crate::bed::{VOLUME_GROUP, World};
 
+/// What the names of bases begin with.
+const BASE: &str = "lvp-base-";
+
 impl World {
-    /// The names of all volumes of the group, apart from thin pools, sorted.
+    /// The names of all volumes of the group, apart from thin pools and bases, sorted.
     ///
     /// # Errors
     /// LVM fails.
     pub fn volumes(&self) -> Result<Vec<String>> {
+        Ok(self.all_volumes()?.into_iter().filter(|name| !name.starts_with(BASE)).collect())
+    }
+
+    /// The names of all bases in the group, sealed or not, sorted.
+    ///
+    /// # Errors
+    /// LVM fails.
+    pub fn bases(&self) -> Result<Vec<String>> {
+        Ok(self.all_volumes()?.into_iter().filter(|name| name.starts_with(BASE)).collect())
+    }
+
+    fn all_volumes(&self) -> Result<Vec<String>> {
         let names = self.vm.run_ok(&format!(
             "lvs --noheadings --sort lv_name --options lv_name,lv_layout {VOLUME_GROUP} |
                awk '$2 !~ /pool/ {{ print $1 }}'"

@@ -8,8 +8,8 @@ use serde::{Serialize, de::DeserializeOwned};
 use url::Url;
 
 use crate::{
-    ErrorBody, ErrorCode, Health, Image, ImageVerification, Job, JobId, JobList, JobStatus, PinRequest, Plan,
-    PrefetchRequest, ProvisionRequest, Submitted, Volume, VolumeVerification,
+    BaseVolume, ErrorBody, ErrorCode, Health, Image, ImageVerification, Job, JobId, JobList, JobStatus, PinRequest,
+    Plan, PrefetchRequest, ProvisionRequest, Submitted, Volume, VolumeVerification,
 };
 
 /// What calls return.
@@ -98,6 +98,11 @@ impl Client {
     /// A cached image.
     pub async fn image(&self, image: &str) -> Result<Image> {
         self.send(self.request(Method::GET, &["api", "v1", "images", image])).await
+    }
+
+    /// The base volumes of all targets.
+    pub async fn bases(&self) -> Result<Vec<BaseVolume>> {
+        self.send(self.request(Method::GET, &["api", "v1", "bases"])).await
     }
 
     /// Has an image fetched into the cache.

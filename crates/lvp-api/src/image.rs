@@ -94,6 +94,23 @@ pub struct ImageVerification {
     pub actual: Digest,
 }
 
+/// A base volume: a decoded image that volumes of one target share their blocks with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct BaseVolume {
+    /// The target that it lives in.
+    pub target: String,
+    /// Its name there.
+    pub name: String,
+    /// The digest of the image's file.
+    #[schema(value_type = String)]
+    pub image_digest: Digest,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// The bytes that it took when it was made, where known. Volumes made of it share them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used_bytes: Option<u64>,
+}
+
 /// Asks for an image in the cache, for a later provision.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -24,7 +24,7 @@ pub use content::ContentDigest;
 pub use digest::{Digest, DigestAlgorithm};
 pub use error::{ErrorBody, ErrorCode, exit};
 pub use health::{Check, Health, HealthStatus};
-pub use image::{Image, ImageFormat, ImageVerification, PinRequest, PrefetchRequest};
+pub use image::{BaseVolume, Image, ImageFormat, ImageVerification, PinRequest, PrefetchRequest};
 pub use job::{Job, JobId, JobKind, JobList, JobStatus, Progress, Stage, Submitted};
 pub use name::VolumeName;
 pub use plan::{Plan, VolumeAction};

@@ -11,6 +11,8 @@ use crate::{Digest, ImageFormat, VolumeName};
 pub enum VolumeAction {
     /// It would be created.
     Create,
+    /// It would be created as a copy of the image's base, which is there: nothing is fetched or written.
+    Clone,
     /// It is there and would be overwritten.
     Reuse,
 }

@@ -10,8 +10,8 @@ use std::{
 
 use futures::{Stream, stream};
 use lvp_api::{
-    ErrorCode, Health, Image, ImageVerification, Job, JobId, JobKind, JobList, JobStatus, Plan, PrefetchRequest,
-    ProvisionRequest, Receipt, Submitted, Volume, VolumeName, VolumeVerification,
+    BaseVolume, ErrorCode, Health, Image, ImageVerification, Job, JobId, JobKind, JobList, JobStatus, Plan,
+    PrefetchRequest, ProvisionRequest, Receipt, Submitted, Volume, VolumeName, VolumeVerification,
 };
 use tokio::{sync::Mutex, time};
 
@@ -84,6 +84,7 @@ impl Engine {
             sources: settings.sources,
             targets: Targets::new(settings.targets, settings.lock_retry),
             libvirt,
+            base_locks: provision::BaseLocks::default(),
             workers: settings.workers,
         });
         let for_jobs = Arc::clone(&services);
@@ -94,6 +95,7 @@ impl Engine {
         };
         let runner = Runner::new(store.clone(), execution, settings.max_concurrent_jobs, settings.job_history);
         runner.begin(settings.recovery).await?;
+        report_abandoned(&services, &store).await;
         Ok(Self {
             inner: Arc::new(Inner {
                 services,
@@ -219,9 +221,15 @@ impl Engine {
         self.inner.services.images.pin(name, pinned).await
     }
 
-    /// Deletes a cached image.
+    /// The bases of all configured targets.
+    pub async fn bases(&self) -> Result<Vec<BaseVolume>> {
+        let services = Arc::clone(&self.inner.services);
+        blocking(move || provision::all_bases(&services.targets)).await
+    }
+
+    /// Deletes a cached image and its bases; or the bases alone, of an image that is not cached any more.
     pub async fn delete_image(&self, name: &str) -> Result<()> {
-        self.inner.services.images.delete(name).await
+        provision::delete_image(&self.inner.services, name).await
     }
 
     fn target(&self, text: Option<&str>, caller: Caller) -> Result<Target> {
@@ -321,6 +329,21 @@ impl Engine {
     /// Stops: no new jobs; running ones stop where they are, as recorded.
     pub async fn shutdown(&self) {
         self.inner.runner.shutdown(SHUTDOWN_PATIENCE).await;
+    }
+}
+
+/// A target that cannot be asked now is no reason not to start.
+async fn report_abandoned(services: &Arc<Services>, store: &Store) {
+    let services = Arc::clone(services);
+    let reported = match store.unfinished().await {
+        Ok(jobs) => {
+            let ids: Vec<JobId> = jobs.iter().map(|job| job.id).collect();
+            blocking(move || provision::report_abandoned(&services.targets, &ids)).await
+        }
+        Err(error) => Err(error),
+    };
+    if let Err(error) = reported {
+        tracing::warn!(error = %error.chain(), "unfinished bases were not looked for");
     }
 }
 

@@ -169,8 +169,10 @@ pub enum Job {
 /// Show and change the image cache
 #[derive(Debug, Subcommand)]
 pub enum Image {
-    /// List cached images
+    /// List cached images, and base volumes if there are any
     List,
+    /// List the base volumes that hold decoded images, for volumes to share
+    Bases,
     /// Show a cached image
     Show {
         /// Its name, or its digest

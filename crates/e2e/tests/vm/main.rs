@@ -4,6 +4,7 @@
 //! fails, the machine's logs are in `target/e2e/NAME/`. A scenario is a function that gets the world and returns a
 //! result, and a line in the table of its module. It leaves out the scenarios: one module per subject.
 
+mod bases;
 mod cache;
 mod command;
 mod conformance;
@@ -34,6 +35,7 @@ const SUBJECTS: &[(&str, &[Scenario])] = &[
     ("smoke", smoke::SCENARIOS),
     ("conformance", conformance::SCENARIOS),
     ("provision", provision::SCENARIOS),
+    ("bases", bases::SCENARIOS),
     ("reuse", reuse::SCENARIOS),
     ("refusal", refusal::SCENARIOS),
     ("source", source::SCENARIOS),

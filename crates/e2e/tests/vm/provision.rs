@@ -145,8 +145,10 @@ fn curl_lines(world: &World, [provision, status, cancel]: [&str; 3]) -> Result<(
     ensure!(progress["bytes_processed"] == 50_u64 << 30 && progress["bytes_total"] == 50_u64 << 30, "{done:#}");
     world.expect_content("/dev/vg0/vm-root-disk-1", &image)?;
 
+    // Another image: of this one there is a base by now, and a copy of that is made too fast to be cancelled.
+    let other = world.publish(&Fixture::qcow2("ubuntu-22.04", 32, 4)?)?.url;
     world.throttle(64 << 10)?;
-    let id = job_id(&asked(&submit.replace("disk-1", "disk-2"))?)?;
+    let id = job_id(&asked(&submit.replace("disk-1", "disk-2").replace(&minio, &other))?)?;
     asked(&format!("curl -sS -X DELETE http://127.0.0.1:8080{cancel}/{id}"))?;
     world.unthrottle()?;
     let show = format!("curl -sS http://127.0.0.1:8080{status}/{id}");

@@ -29,7 +29,7 @@ use std::{path::Path, sync::Arc};
 use lvp_api::{ErrorCode, ImageFormat};
 
 pub use bytes::{Bytes, FileBytes, GrowingBytes};
-pub use populate::{PopulateOptions, Populated, populate, sync};
+pub use populate::{Counts, PopulateOptions, Populated, populate, sync};
 pub use qcow2::Decoder;
 pub use verify::{content_digest, first_difference};
 

@@ -11,20 +11,21 @@ use serde_json::Value;
 
 use super::{
     in_use::{find_settled, refuse_in_use},
+    new_volume::Destination,
     order::{Order, VolumeOrder},
     plan::{self, Examined},
     services::Services,
-    transfer::{Transfer, Transferred, is_image_fault},
+    sharing::{self, BaseLock},
+    transfer::is_image_fault,
 };
 use crate::{
     error::{Error, Result},
-    format::{self, Image, PopulateOptions, Populated},
-    host::block::BlockTarget,
+    format::{Image, PopulateOptions, Populated},
     image::{Entry, Fetch, Resolved},
     job::Stored,
     progress::Progress,
     task::blocking,
-    volume::{NewVolume, Volume, VolumeBackend},
+    volume::{Volume, VolumeBackend},
 };
 
 /// What a job found and did, as kept with each step.
@@ -79,19 +80,22 @@ enum Claimed {
 
 /// One job under way.
 pub struct Context {
-    services: Arc<Services>,
-    id: JobId,
-    order: Order,
-    record: Record,
-    progress: Progress,
+    pub(super) services: Arc<Services>,
+    pub(super) id: JobId,
+    pub(super) order: Order,
+    pub(super) record: Record,
+    pub(super) progress: Progress,
     resolved: Option<Resolved>,
     /// What was known of the image before it was fetched.
-    examined: Option<Examined>,
-    /// The image, once it is here and verified.
+    pub(super) examined: Option<Examined>,
+    /// The image, once it is here and verified; of a job that overwrites.
     image: Option<(Entry, Arc<Image>)>,
     /// Bytes that came from the source.
-    fetched: u64,
-    target: Option<BlockTarget>,
+    pub(super) fetched: u64,
+    /// What is written.
+    pub(super) destination: Option<Destination>,
+    /// Held as long as this job looks for or makes the base of its image.
+    pub(super) base_lock: Option<BaseLock>,
 }
 
 impl Context {
@@ -109,7 +113,8 @@ impl Context {
             examined: None,
             image: None,
             fetched: 0,
-            target: None,
+            destination: None,
+            base_lock: None,
         })
     }
 
@@ -135,6 +140,9 @@ impl Context {
     /// The gate, where the image is, before a byte is fetched or reserved. A cached image that does not pass may be damaged:
     /// then it is put aside, and read at its source.
     pub(super) async fn ensure_image_checked(&mut self) -> Result<()> {
+        if self.has_base().await? {
+            return Ok(());
+        }
         self.examined = match plan::examine(self.resolved()?, &self.order, &self.progress).await {
             Err(error) if is_image_fault(&error) && self.is_damaged_in_cache().await? => {
                 self.ensure_image_resolved().await?;
@@ -143,6 +151,16 @@ impl Context {
             examined => examined?,
         };
         Ok(())
+    }
+
+    /// Whether a base says all that there is to know of an image that is not here.
+    async fn has_base(&self) -> Result<bool> {
+        match (plan::known_digest(self.resolved()?), &self.order.volume) {
+            (Some(digest), Some(_)) if self.resolved()?.cached().is_none() => {
+                Ok(sharing::find_base(&self.backend()?.0, &digest).await?.is_some())
+            }
+            _ => Ok(false),
+        }
     }
 
     /// Whether the image is cached and its cached file is not what was fetched; it is put aside then.
@@ -242,7 +260,7 @@ impl Context {
         }
     }
 
-    fn note_image(&mut self, entry: &Entry) {
+    pub(super) fn note_image(&mut self, entry: &Entry) {
         self.record.image_path = Some(entry.path().display().to_string());
         self.record.image_digest = Some(entry.digest());
     }
@@ -259,53 +277,20 @@ impl Context {
             return Ok(());
         }
         self.progress.enter(Stage::CreatingVolume, 0);
-        let claim = self.claim()?;
-        let target = match claim {
-            Claim::Make => self.make_volume().await?,
-            Claim::Overwrite => self.ready_volume().await?,
-        };
-        self.record.device_path = Some(target.path.display().to_string());
-        self.record.overwriting = claim == Claim::Overwrite;
-        self.target = Some(target);
-        Ok(())
+        match self.claim()? {
+            Claim::Make => self.make_volume().await,
+            Claim::Overwrite => self.ready_volume().await,
+        }
     }
 
-    async fn make_volume(&self) -> Result<BlockTarget> {
-        let (backend, wanted) = self.backend()?;
-        let (job, progress, libvirt) = (self.id, self.progress.clone(), self.services.libvirt.clone());
-        let data = self.examined.as_ref().and_then(|examined| examined.data_bytes).unwrap_or(0);
-        blocking(move || {
-            if let Some(volume) = find_settled(&*backend, &wanted.name)?.filter(|volume| volume.tags.job == Some(job)) {
-                // From an attempt that was interrupted. What it wrote is not known, so it is made anew.
-                refuse_in_use(&volume, libvirt.as_ref())?;
-                backend.remove(&wanted.name)?;
-            }
-            progress.check()?;
-            plan::admit_data(&*backend, &wanted, data)?;
-            let volume = backend.create(&NewVolume { name: &wanted.name, size: wanted.size, job })?;
-            backend.target(&volume, true)
-        })
-        .await
-    }
-
-    async fn ready_volume(&self) -> Result<BlockTarget> {
-        let (backend, wanted) = self.backend()?;
-        let (libvirt, virtual_size) = (self.services.libvirt.clone(), self.image()?.virtual_size());
-        blocking(move || {
-            let volume = find_existing(&*backend, &wanted)?;
-            plan::compatible(&volume, &wanted, Some(virtual_size))?;
-            refuse_in_use(&volume, libvirt.as_ref())?;
-            backend.target(&volume, false)
-        })
-        .await
-    }
-
-    /// Removes the volume, if this very job made it.
+    /// Removes the volume, if this very job made it, and what it has of a base.
     pub(super) async fn undo_volume(&mut self) -> Result<()> {
         if self.record.claim != Some(Claim::Make) {
             return Ok(());
         }
         let (backend, wanted) = self.backend()?;
+        let discarded = sharing::discard_base(&backend, self.id).await;
+        self.base_lock = None;
         let (job, libvirt) = (self.id, self.services.libvirt.clone());
         blocking(move || match find_settled(&*backend, &wanted.name)? {
             Some(volume) if volume.tags.job == Some(job) => {
@@ -317,6 +302,7 @@ impl Context {
             None => backend.remove(&wanted.name),
         })
         .await
+        .and(discarded)
     }
 
     /// Writes the image and zeroes everything else.
@@ -330,64 +316,19 @@ impl Context {
         }
     }
 
-    /// Fetches or verifies the image and writes it, in one pass; a second time where the first was in vain.
-    async fn populate_new(&mut self) -> Result<()> {
-        let mut damaged_before = false;
-        loop {
-            let damaged = match self.transfer().await? {
-                Transferred::Done { entry, fetched, populated } => {
-                    self.note_image(&entry);
-                    self.fetched += fetched;
-                    self.record.populated = Some(populated);
-                    return Ok(());
-                }
-                Transferred::Again { damaged } => damaged,
-            };
-            if damaged && damaged_before {
-                return Err(damaged_twice());
-            }
-            damaged_before |= damaged;
-            self.ensure_image_resolved().await?;
-            if damaged {
-                self.record.cache_hit = Some(false);
-                self.ensure_image_checked().await?;
-            }
-            self.target = Some(self.make_volume().await?);
+    /// Waits until every byte is on the device, then writes on the volume what it holds.
+    pub(super) async fn ensure_volume_finished(&mut self) -> Result<()> {
+        self.progress.enter(Stage::Finalizing, 0);
+        if self.record.finished {
+            return Ok(());
         }
-    }
-
-    async fn transfer(&self) -> Result<Transferred> {
-        let transfer = Transfer {
-            images: &self.services.images,
-            resolved: self.resolved()?,
-            declared: self.order.image_type,
-            examined: self.examined.clone(),
-            target: self.target()?,
-            options: self.options(),
-            progress: &self.progress,
-        };
-        transfer.run().await
-    }
-
-    async fn overwrite(&mut self) -> Result<()> {
-        let (backend, wanted) = self.backend()?;
-        let (image, progress, target) = (self.image()?, self.progress.clone(), self.target()?.clone());
-        let options = self.options();
-        progress.enter(Stage::Populating, target.size);
-        // From here on the volume holds no image, until the last byte is on the device.
-        let untagged = blocking(move || backend.set_image(&find_existing(&*backend, &wanted)?, None)).await;
-        let populated = match untagged {
-            Ok(()) => blocking(move || format::populate(&image, &target, &options, &progress)).await,
-            Err(error) => {
-                self.record.overwriting = false;
-                Err(error)
-            }
-        };
-        // A target that was not opened was not written.
-        if populated.as_ref().is_err_and(|error| error.code() == ErrorCode::VolumeInUse) {
-            self.record.overwriting = false;
-        }
-        self.record.populated = Some(populated?);
+        let size = self.finish_destination().await?;
+        self.record.finished = true;
+        self.record.overwriting = false;
+        self.record.receipt = self.receipt(size);
+        self.progress.enter(Stage::Finalizing, size);
+        self.progress.set_processed(size);
+        (self.image, self.base_lock) = (None, None);
         Ok(())
     }
 
@@ -405,32 +346,15 @@ impl Context {
         }
     }
 
-    /// Waits until every byte is on the device, then writes on the volume what it holds.
-    pub(super) async fn ensure_volume_finished(&mut self) -> Result<()> {
-        self.progress.enter(Stage::Finalizing, 0);
-        if self.record.finished {
-            return Ok(());
-        }
-        let (backend, wanted) = self.backend()?;
-        let (target, digest) = (self.target()?.clone(), self.record.image_digest.clone());
-        let size = target.size;
-        blocking(move || {
-            format::sync(&target)?;
-            backend.set_image(&find_existing(&*backend, &wanted)?, digest.as_ref())
-        })
-        .await?;
-        self.record.finished = true;
-        self.record.overwriting = false;
-        self.record.receipt = self.receipt(size);
-        self.progress.enter(Stage::Finalizing, size);
-        self.progress.set_processed(size);
-        self.image = None;
-        Ok(())
-    }
-
     /// What was done, for a volume of so many bytes.
     fn receipt(&self, volume_bytes: u64) -> Option<Receipt> {
         let Populated { counts, content } = self.record.populated.clone()?;
+        // What a clone has behind its base was never written.
+        let (shared, behind) = match &self.destination {
+            Some(Destination::Clone(base, _)) => (base.size, volume_bytes.saturating_sub(base.size)),
+            Some(Destination::Base(target)) => (0, volume_bytes.saturating_sub(target.size)),
+            _ => (0, 0),
+        };
         Some(Receipt {
             job_id: self.id,
             finished_at: Timestamp::now(),
@@ -443,14 +367,14 @@ impl Context {
             bytes_written: counts.bytes_written,
             bytes_zeroed: counts.bytes_zeroed,
             bytes_offloaded: counts.bytes_offloaded,
-            bytes_skipped: counts.bytes_skipped,
+            bytes_skipped: counts.bytes_skipped + behind,
             bytes_left: counts.bytes_left,
-            bytes_shared: 0,
+            bytes_shared: shared,
             stages: self.progress.stage_times(),
         })
     }
 
-    fn resolved(&self) -> Result<&Resolved> {
+    pub(super) fn resolved(&self) -> Result<&Resolved> {
         self.resolved.as_ref().ok_or_else(|| Error::internal("the image was not resolved"))
     }
 
@@ -458,23 +382,23 @@ impl Context {
         self.record.claim.ok_or_else(|| Error::internal("the volume was not claimed"))
     }
 
-    fn image(&self) -> Result<Arc<Image>> {
+    pub(super) fn image(&self) -> Result<Arc<Image>> {
         self.image
             .as_ref()
             .map(|(_, image)| Arc::clone(image))
             .ok_or_else(|| Error::internal("the image was not fetched"))
     }
 
-    fn options(&self) -> PopulateOptions {
+    pub(super) fn options(&self) -> PopulateOptions {
         let zero = self.order.volume.as_ref().map_or(ZeroPolicy::Full, |volume| volume.zero);
         PopulateOptions { workers: self.services.workers, zero }
     }
 
-    fn target(&self) -> Result<&BlockTarget> {
-        self.target.as_ref().ok_or_else(|| Error::internal("there is no target to write"))
+    pub(super) fn destination(&self) -> Result<&Destination> {
+        self.destination.as_ref().ok_or_else(|| Error::internal("there is nothing to write to"))
     }
 
-    fn backend(&self) -> Result<(Arc<dyn VolumeBackend>, VolumeOrder)> {
+    pub(super) fn backend(&self) -> Result<(Arc<dyn VolumeBackend>, VolumeOrder)> {
         let volume = self.order.volume.clone().ok_or_else(|| Error::internal("the job has no volume"))?;
         // The order was checked when it was made; the target is written out in it.
         let target = self.services.targets.find(Some(&volume.spec()?.to_string()), true)?;
@@ -482,12 +406,12 @@ impl Context {
     }
 }
 
-fn damaged_twice() -> Error {
+pub(super) fn damaged_twice() -> Error {
     Error::new(ErrorCode::InputOutput, "the image was damaged in the cache twice in a row")
         .hint("check the disk of the image cache")
 }
 
-fn find_existing(backend: &dyn VolumeBackend, wanted: &VolumeOrder) -> Result<Volume> {
+pub(super) fn find_existing(backend: &dyn VolumeBackend, wanted: &VolumeOrder) -> Result<Volume> {
     find_settled(backend, &wanted.name)?.ok_or_else(|| {
         Error::new(ErrorCode::VolumeNotFound, format!("volume {} was removed while the job ran", wanted.name))
             .hint("submit the job again")

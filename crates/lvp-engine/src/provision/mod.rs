@@ -16,9 +16,12 @@
 
 mod context;
 mod in_use;
+mod new_volume;
 mod order;
 mod plan;
+mod reuse;
 mod services;
+mod sharing;
 mod transfer;
 mod verification;
 mod view;
@@ -31,6 +34,7 @@ pub use self::{
     order::Order,
     plan::plan,
     services::Services,
+    sharing::{BaseLocks, all_bases, delete_image, report_abandoned},
     verification::{valid_receipt, verify_volume},
     view::{view_job, view_volume},
 };

@@ -3,12 +3,13 @@
 
 use std::sync::Arc;
 
-use lvp_api::{ByteSize, ErrorCode, Plan, VolumeAction};
+use lvp_api::{ByteSize, Digest, ErrorCode, Plan, VolumeAction};
 
 use super::{
     in_use::refuse_in_use,
     order::{Order, VolumeOrder},
     services::Services,
+    sharing,
 };
 use crate::{
     error::{Error, Result},
@@ -16,12 +17,16 @@ use crate::{
     image::{ImageUrl, Reader, Resolved, Wanted, serves_no_parts},
     progress::Progress,
     task::blocking,
-    volume::{Volume, VolumeBackend},
+    volume::{Space, Volume, VolumeBackend},
 };
 
 /// Tables of so many bytes at most are read at the source, to know everything before anything is made: those of an image
 /// with a disk of 128 GiB and the usual clusters. Larger ones are checked when they come.
 const TABLES_AT_SOURCE: u64 = 16 << 20;
+/// What a thin pool notes of each of its chunks, in bytes (the kernel's admin-guide/device-mapper/thin-provisioning).
+const METADATA_PER_CHUNK: u64 = 48;
+/// One part in so many of a pool's metadata is kept free.
+const METADATA_KEPT: u64 = 20;
 /// An existing volume is reused when its size differs by no more than one part in this many: ±5 %.
 const SIZE_TOLERANCE: u128 = 20;
 
@@ -59,6 +64,12 @@ pub async fn examine(resolved: &Resolved, order: &Order, progress: &Progress) ->
         Err(error) if serves_no_parts(&error) => Ok(None),
         examined => examined.map(Some),
     }
+}
+
+/// The digest of the image's file, by which its base is found, where it is known before the image is here.
+pub fn known_digest(resolved: &Resolved) -> Option<Digest> {
+    let digest = resolved.cached().map(|entry| entry.digest()).or_else(|| resolved.expected().cloned());
+    digest.filter(sharing::names_bases)
 }
 
 /// The image where it is, as the bytes that a format is read from.
@@ -160,7 +171,7 @@ pub fn admit_data(backend: &dyn VolumeBackend, wanted: &VolumeOrder, data: u64) 
         data
     };
     if needed <= space.free {
-        return Ok(());
+        return admit_metadata(backend, wanted, data, &space);
     }
     Err(Error::new(
         ErrorCode::InsufficientSpace,
@@ -177,13 +188,45 @@ pub fn admit_data(backend: &dyn VolumeBackend, wanted: &VolumeOrder, data: u64) 
     .detail("free_bytes", space.free))
 }
 
+/// Refuses a volume whose blocks the thin pool could not note: a pool that is out of metadata fails for all its volumes.
+fn admit_metadata(backend: &dyn VolumeBackend, wanted: &VolumeOrder, data: u64, space: &Space) -> Result<()> {
+    let Some(metadata) = space.metadata else { return Ok(()) };
+    let needed = data.div_ceil(metadata.chunk.max(1)).saturating_mul(METADATA_PER_CHUNK);
+    let kept = metadata.total / METADATA_KEPT;
+    if needed.saturating_add(kept) <= metadata.free {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorCode::InsufficientSpace,
+        format!(
+            "volume {} needs {} of metadata in {}, where {} are free and {} are kept free",
+            wanted.name,
+            ByteSize(needed),
+            backend.label(),
+            ByteSize(metadata.free),
+            ByteSize(kept)
+        ),
+    )
+    .hint("extend the pool's metadata with `lvextend --poolmetadatasize +1G`, or remove volumes and bases")
+    .detail("needed_bytes", needed)
+    .detail("free_bytes", metadata.free))
+}
+
 /// The dry run: every question, nothing changed.
 pub async fn plan(services: &Arc<Services>, order: &Order) -> Result<Plan> {
     let volume = order.volume.clone().ok_or_else(|| Error::internal("a plan is for a volume"))?;
     let progress = Progress::default();
     let resolved = resolve(services, order, &progress).await?;
-    let header = examine(&resolved, order, &progress).await?.map(|examined| examined.header);
     let backend = services.targets.find(Some(&volume.spec()?.to_string()), true)?.backend;
+    let base = match known_digest(&resolved) {
+        Some(digest) => sharing::find_base(&backend, &digest).await?,
+        None => None,
+    };
+    let header = match &base {
+        Some(_) if resolved.cached().is_none() => None,
+        _ => examine(&resolved, order, &progress).await?.map(|examined| examined.header),
+    };
+    let is_cloned = base.is_some();
     let libvirt = services.libvirt.clone();
     let (wanted, image) = (volume.clone(), header.as_ref().map(|header| header.virtual_size));
     let (action, size, free, label) = blocking(move || {
@@ -199,7 +242,8 @@ pub async fn plan(services: &Arc<Services>, order: &Order) -> Result<Plan> {
                 image.map_or(Ok(()), |size| fits(size, &wanted))?;
                 admit(&*backend, &wanted)?;
                 let size = wanted.size.checked_next_multiple_of(backend.capabilities()?.granularity);
-                (VolumeAction::Create, size.unwrap_or(wanted.size))
+                let action = if is_cloned { VolumeAction::Clone } else { VolumeAction::Create };
+                (action, size.unwrap_or(wanted.size))
             }
         };
         Ok((action, size, free, backend.label()))
@@ -210,7 +254,10 @@ pub async fn plan(services: &Arc<Services>, order: &Order) -> Result<Plan> {
         image_type: order.image_type,
         image_digest: resolved.expected().cloned(),
         cache_hit: resolved.cached().is_some(),
-        bytes_to_fetch: if resolved.cached().is_some() { 0 } else { resolved.size().unwrap_or(0) },
+        bytes_to_fetch: match action {
+            VolumeAction::Create | VolumeAction::Reuse if resolved.cached().is_none() => resolved.size().unwrap_or(0),
+            _ => 0,
+        },
         virtual_size_bytes: header.map(|header| header.virtual_size),
         volume: volume.name,
         target: label,

@@ -1,5 +1,6 @@
 //! What the steps of every job work with.
 
+use super::sharing::BaseLocks;
 use crate::{
     host::libvirt::Libvirt,
     image::{Images, SourceSettings},
@@ -16,6 +17,8 @@ pub struct Services {
     pub targets: Targets,
     /// libvirt, where this host has it.
     pub libvirt: Option<Libvirt>,
+    /// Who works on which base.
+    pub base_locks: BaseLocks,
     /// Threads that decode and write, for one job.
     pub workers: usize,
 }

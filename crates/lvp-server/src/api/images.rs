@@ -5,7 +5,7 @@ use axum::{
     extract::{Path, State},
     http::{HeaderMap, StatusCode},
 };
-use lvp_api::{ErrorBody, Image, ImageVerification, PinRequest, PrefetchRequest, Submitted};
+use lvp_api::{BaseVolume, ErrorBody, Image, ImageVerification, PinRequest, PrefetchRequest, Submitted};
 use lvp_engine::{Caller, Engine};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
@@ -18,6 +18,7 @@ pub fn routes() -> OpenApiRouter<Engine> {
         .routes(routes!(show, delete))
         .routes(routes!(verify))
         .routes(routes!(pin))
+        .routes(routes!(bases))
 }
 
 #[utoipa::path(get, path = "/api/v1/images", tag = "images", summary = "List cached images",
@@ -62,7 +63,14 @@ async fn pin(
     Ok(Json(engine.pin_image(&image, request.pinned).await?))
 }
 
-#[utoipa::path(delete, path = "/api/v1/images/{image}", tag = "images", summary = "Delete a cached image",
+#[utoipa::path(get, path = "/api/v1/bases", tag = "images", summary = "List the base volumes of all targets",
+    description = "A base holds a decoded image, and volumes made of it share its blocks. It goes with its image.",
+    responses((status = 200, body = Vec<BaseVolume>)))]
+async fn bases(State(engine): State<Engine>) -> Result<Json<Vec<BaseVolume>>> {
+    Ok(Json(engine.bases().await?))
+}
+
+#[utoipa::path(delete, path = "/api/v1/images/{image}", tag = "images", summary = "Delete a cached image, and its base volumes",
     params(("image" = String, Path)),
     responses((status = 204), (status = 404, body = ErrorBody), (status = 409, description = "Pinned or in use", body = ErrorBody)))]
 async fn delete(State(engine): State<Engine>, Path(image): Path<String>) -> Result<StatusCode> {

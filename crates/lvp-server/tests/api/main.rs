@@ -3,6 +3,7 @@
 
 mod bad_images;
 mod bad_requests;
+mod bases;
 mod bed;
 mod cancel;
 mod defects;

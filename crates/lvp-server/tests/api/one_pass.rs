@@ -151,3 +151,48 @@ async fn a_restart_in_the_middle_fetches_only_the_rest() {
     assert!(!asked.contains(&"bytes=0-4194303".to_owned()), "{asked:?}");
     assert!(job["receipt"]["bytes_fetched"].as_u64().is_none_or(|fetched| fetched < 20 * MIB), "{job:#}");
 }
+
+/// What a source can do wrong, each with its code; nothing is left of any.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_lie_of_a_source_has_its_code_and_leaves_nothing() {
+    let bed = Bed::with(|settings| {
+        settings.sources.stall_timeout = Duration::from_millis(500);
+        settings.sources.retry_attempts = 1;
+    })
+    .await;
+    let web = Server::start();
+    let (_, bytes) = disk(&bed, "x.raw", 6);
+    let (_, other) = disk(&bed, "y.raw", 7);
+    let size = bytes.len() as u64;
+    let page = || Page::new(bytes.clone());
+    let without_pieces = || page().no_ranges();
+    let before = bed.listing();
+    for (number, (name, page, checksum, code)) in [
+        ("more is announced than comes", without_pieces().announce(size + 4096), None, "source_failed"),
+        ("it is sent with an encoding", page().header("content-encoding", "gzip"), None, "source_failed"),
+        ("it drips", page().pace(1, Duration::from_millis(20)), None, "source_failed"),
+        ("it changes between two ranges", page().then(5, Page::new(other.clone())), None, "source_changed"),
+        (
+            "it changes between two ranges, and If-Match is not looked at",
+            page().ignores_if_match().then(5, Page::new(other).ignores_if_match()),
+            None,
+            "source_changed",
+        ),
+        ("another part comes than was asked for", page().wrong_range(), None, "source_failed"),
+        ("the checksum is a web page", page(), Some("<!DOCTYPE html><p>Not found"), "checksum_unreadable"),
+        ("it is always cut at the same byte", without_pieces().cut(&[5 * MIB; 99]), None, "source_failed"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let path = format!("/{number}.raw");
+        web.serve(&path, page);
+        if let Some(text) = checksum {
+            web.serve(&format!("{path}.sha256"), Page::new(text));
+        }
+        let job = bed.ended(&bed.submit(&order(&web.url(&path), "web-1")).await).await;
+        assert_eq!((&job["status"], &job["error_code"]), (&json!("failed"), &json!(code)), "{name}: {job:#}");
+        assert!(job["hint"].as_str().is_some_and(|hint| !hint.is_empty()), "{name}: {job:#}");
+        assert_eq!(bed.listing(), before, "{name}");
+    }
+}

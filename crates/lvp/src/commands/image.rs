@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use lvp_api::{ByteSize, ErrorCode, Image, PrefetchRequest};
+use lvp_api::{BaseVolume, ByteSize, ErrorCode, Image, PrefetchRequest};
 
 use super::{
     Outcome, job,
@@ -18,7 +18,14 @@ use crate::{
 pub async fn run(connection: &Connection, command: cli::Image, output: Output) -> Outcome {
     let client = &connection.client;
     match command {
-        cli::Image::List => output::print(&client.images().await?, output, |images| show_list(images))?,
+        cli::Image::List => {
+            output::print(&client.images().await?, output, |images| show_list(images))?;
+            let bases = client.bases().await?;
+            if output == Output::Table && !bases.is_empty() {
+                println!("\n{}", show_bases(&bases));
+            }
+        }
+        cli::Image::Bases => output::print(&client.bases().await?, output, |bases| show_bases(bases))?,
         cli::Image::Show { image } => output::print(&client.image(&image).await?, output, show)?,
         cli::Image::Prefetch { image, image_type, checksum, detach } => {
             refuse_detached_local(connection, detach)?;
@@ -67,6 +74,19 @@ fn show_list(images: &[Image]) -> String {
         ]
     });
     output::table(&["image", "file", "disk", "last used", "marks"], rows.collect(), "the cache is empty")
+}
+
+fn show_bases(bases: &[BaseVolume]) -> String {
+    let rows = bases.iter().map(|base| {
+        vec![
+            base.name.clone(),
+            base.target.clone(),
+            ByteSize(base.size_bytes).to_string(),
+            base.used_bytes.map(|bytes| ByteSize(bytes).to_string()).unwrap_or_default(),
+            base.image_digest.hex()[..16].to_owned(),
+        ]
+    });
+    output::table(&["base", "target", "disk", "used", "image"], rows.collect(), "no bases")
 }
 
 fn marks(image: &Image) -> String {

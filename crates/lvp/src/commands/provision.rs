@@ -62,10 +62,14 @@ fn request(command: Provision) -> Result<ProvisionRequest, Box<ErrorBody>> {
 }
 
 fn show_plan(plan: &Plan) -> String {
-    let image =
-        if plan.cache_hit { "cached".to_owned() } else { format!("to download, {}", ByteSize(plan.bytes_to_fetch)) };
+    let image = match plan.volume_action {
+        VolumeAction::Clone => "not needed".to_owned(),
+        _ if plan.cache_hit => "cached".to_owned(),
+        _ => format!("to download, {}", ByteSize(plan.bytes_to_fetch)),
+    };
     let volume = match plan.volume_action {
         VolumeAction::Create => "to create",
+        VolumeAction::Clone => "to create as a copy of the image's base",
         VolumeAction::Reuse => "exists, to overwrite",
     };
     output::facts(vec![

@@ -1,0 +1,188 @@
+//! A volume that was not there: made, written in one pass, removed when the job fails. Where the place can share blocks,
+//! it becomes a copy of the base of its image, which this job makes if nobody has.
+//!
+//! ```text
+//!  Destination    made by ensure_volume        written by populate_volume    ended by finish_volume
+//!  Volume         the volume                   image and zeros               synced, tagged
+//!  Base           an unsealed base             image                         synced, sealed, cloned, tagged
+//!  Clone          a copy of a sealed base      (nothing)                     tagged
+//! ```
+//! It leaves out the one pass itself (`transfer`) and bases (`sharing`).
+
+use super::{
+    context::{Context, damaged_twice, find_existing},
+    in_use::{find_settled, refuse_in_use},
+    plan, sharing,
+    transfer::{Transfer, Transferred},
+};
+use crate::{
+    error::{Error, Result},
+    format::{self, Counts, Populated},
+    host::block::BlockTarget,
+    task::blocking,
+    volume::{Base, NewVolume, Volume},
+};
+
+/// What a job writes.
+pub(super) enum Destination {
+    /// The volume.
+    Volume(BlockTarget),
+    /// A base that the volume will be a copy of.
+    Base(BlockTarget),
+    /// Nothing: the volume is a copy of this base.
+    Clone(Base, Box<Volume>),
+}
+
+impl Destination {
+    /// What is to be written.
+    pub fn target(&self) -> Result<&BlockTarget> {
+        match self {
+            Self::Volume(target) | Self::Base(target) => Ok(target),
+            Self::Clone(..) => Err(Error::internal("a copy of a base is not written")),
+        }
+    }
+}
+
+impl Context {
+    /// Makes the volume, or the base that it will be a copy of.
+    pub(super) async fn make_volume(&mut self) -> Result<()> {
+        self.remove_earlier_attempt().await?;
+        let destination = match self.clone_if_there().await? {
+            Some(clone) => clone,
+            None => self.make_target().await?,
+        };
+        self.record.device_path = match &destination {
+            Destination::Volume(target) => Some(target.path.display().to_string()),
+            Destination::Clone(_, volume) => Some(volume.path.display().to_string()),
+            Destination::Base(_) => None,
+        };
+        self.destination = Some(destination);
+        Ok(())
+    }
+
+    /// What an attempt that was interrupted wrote is not known, so the volume is made anew.
+    async fn remove_earlier_attempt(&self) -> Result<()> {
+        let (backend, wanted) = self.backend()?;
+        let (job, progress, libvirt) = (self.id, self.progress.clone(), self.services.libvirt.clone());
+        blocking(move || {
+            if let Some(volume) = find_settled(&*backend, &wanted.name)?.filter(|volume| volume.tags.job == Some(job)) {
+                refuse_in_use(&volume, libvirt.as_ref())?;
+                backend.remove(&wanted.name)?;
+            }
+            progress.check()
+        })
+        .await
+    }
+
+    /// Makes the volume as a copy of the base of its image, where there is one.
+    async fn clone_if_there(&mut self) -> Result<Option<Destination>> {
+        let (backend, wanted) = self.backend()?;
+        let Some(digest) = plan::known_digest(self.resolved()?) else { return Ok(None) };
+        if self.base_lock.is_none() {
+            self.base_lock = Some(self.services.base_locks.hold(&backend.label(), &digest, &self.progress).await?);
+        }
+        let Some(base) = sharing::find_base(&backend, &digest).await? else { return Ok(None) };
+        let volume = sharing::clone_base(&backend, &base, &wanted, self.id).await?;
+        Ok(Some(Destination::Clone(base, Box::new(volume))))
+    }
+
+    /// Makes an unsealed base where the place has those and the image's size is known, else the volume.
+    async fn make_target(&self) -> Result<Destination> {
+        let (backend, wanted) = self.backend()?;
+        let data = self.examined.as_ref().and_then(|examined| examined.data_bytes).unwrap_or(0);
+        let (admitted, order) = (backend.clone(), wanted.clone());
+        blocking(move || plan::admit_data(&*admitted, &order, data)).await?;
+        if let Some(examined) = &self.examined
+            && let Some(target) = sharing::begin_base(&backend, examined.header.virtual_size, self.id).await?
+        {
+            return Ok(Destination::Base(target));
+        }
+        let job = self.id;
+        let made = blocking(move || {
+            let volume = backend.create(&NewVolume { name: &wanted.name, size: wanted.size, job })?;
+            backend.target(&volume, true)
+        });
+        made.await.map(Destination::Volume)
+    }
+
+    /// Fetches or verifies the image and writes it, in one pass; a second time where the first was in vain.
+    pub(super) async fn populate_new(&mut self) -> Result<()> {
+        if let Some(Destination::Clone(base, _)) = &self.destination {
+            // A base is there by a verified image: nothing is fetched.
+            self.record.image_digest = Some(base.digest.clone());
+            self.record.populated = Some(Populated { counts: Counts::default(), content: base.content.clone() });
+            return Ok(());
+        }
+        let mut damaged_before = false;
+        loop {
+            let damaged = match self.transfer().await? {
+                Transferred::Done { entry, fetched, populated } => {
+                    self.note_image(&entry);
+                    self.fetched += fetched;
+                    self.record.populated = Some(populated);
+                    return Ok(());
+                }
+                Transferred::Again { damaged } => damaged,
+            };
+            if damaged && damaged_before {
+                return Err(damaged_twice());
+            }
+            damaged_before |= damaged;
+            self.ensure_image_resolved().await?;
+            if damaged {
+                self.record.cache_hit = Some(false);
+                self.ensure_image_checked().await?;
+            }
+            self.make_volume().await?;
+        }
+    }
+
+    async fn transfer(&self) -> Result<Transferred> {
+        let transfer = Transfer {
+            images: &self.services.images,
+            resolved: self.resolved()?,
+            declared: self.order.image_type,
+            examined: self.examined.clone(),
+            target: self.destination()?.target()?,
+            options: self.options(),
+            progress: &self.progress,
+        };
+        transfer.run().await
+    }
+
+    /// Ends the writing: everything is on the device, and the volume says what it holds. Gives the volume's size.
+    pub(super) async fn finish_destination(&mut self) -> Result<u64> {
+        let (backend, wanted) = self.backend()?;
+        if let Some(Destination::Base(target)) = &self.destination {
+            self.finish_base(target.clone()).await?;
+        }
+        let target = match self.destination()? {
+            Destination::Volume(target) => Some(target.clone()),
+            _ => None,
+        };
+        let digest = self.record.image_digest.clone();
+        blocking(move || {
+            target.as_ref().map_or(Ok(()), format::sync)?;
+            let volume = find_existing(&*backend, &wanted)?;
+            backend.set_image(&volume, digest.as_ref())?;
+            Ok(volume.size)
+        })
+        .await
+    }
+
+    /// Seals the base that this job wrote, and makes the volume of it.
+    async fn finish_base(&mut self, target: BlockTarget) -> Result<()> {
+        let (backend, wanted) = self.backend()?;
+        let (Some(digest), Some(populated)) = (self.record.image_digest.clone(), self.record.populated.clone()) else {
+            return Err(Error::internal("a base was to be sealed before it was written"));
+        };
+        if self.base_lock.is_none() {
+            self.base_lock = Some(self.services.base_locks.hold(&backend.label(), &digest, &self.progress).await?);
+        }
+        blocking(move || format::sync(&target)).await?;
+        let base = sharing::seal_base(&backend, self.id, &digest, &populated.content).await?;
+        let volume = sharing::clone_base(&backend, &base, &wanted, self.id).await?;
+        self.record.device_path = Some(volume.path.display().to_string());
+        Ok(())
+    }
+}
