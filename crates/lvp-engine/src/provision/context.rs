@@ -73,7 +73,7 @@ pub struct Context {
     record: Record,
     progress: Progress,
     resolved: Option<Resolved>,
-    /// The size of the disk in the image, where it was known before the fetch.
+    /// The size of the disk in the image, where it was known before the fetch; of a stream, what it is at least.
     virtual_size: Option<u64>,
     image: Option<(Entry, Arc<Image>)>,
     target: Option<BlockTarget>,
@@ -119,7 +119,7 @@ impl Context {
     /// The gate's first half: the header, before a byte is fetched or reserved.
     pub(super) async fn ensure_image_checked(&mut self) -> Result<()> {
         let header = plan::inspect(self.resolved()?, &self.order, &self.progress).await?;
-        self.virtual_size = header.map(|header| header.virtual_size);
+        self.virtual_size = header.map(|header| header.least_size);
         Ok(())
     }
 
@@ -206,7 +206,7 @@ impl Context {
         let (path, declared) = (path.to_owned(), self.order.image_type);
         let image = blocking(move || Image::open_file(&path, declared)).await?;
         if let (Some(volume), Some(Claim::Make)) = (&self.order.volume, self.record.claim) {
-            plan::fits(image.virtual_size(), volume)?;
+            plan::fits(image.least_size(), volume)?;
         }
         Ok(Arc::new(image))
     }
@@ -220,7 +220,7 @@ impl Context {
         let (backend, wanted) = self.backend()?;
         let (job, claim, progress) = (self.id, self.claim()?, self.progress.clone());
         let libvirt = self.services.libvirt.clone();
-        let (data, virtual_size) = (self.image()?.data_bytes(), self.image()?.virtual_size());
+        let image = self.image()?;
         let target = blocking(move || match claim {
             Claim::Make => {
                 if let Some(volume) =
@@ -231,14 +231,16 @@ impl Context {
                     backend.remove(&wanted.name)?;
                 }
                 progress.check()?;
-                plan::admit_data(&*backend, &wanted, data)?;
+                plan::admit_data(&*backend, &wanted, image.data_bytes())?;
                 let volume = backend.create(&NewVolume { name: &wanted.name, size: wanted.size, job })?;
                 backend.target(&volume, true)
             }
             Claim::Overwrite => {
                 let volume = find_existing(&*backend, &wanted)?;
-                plan::compatible(&volume, &wanted, Some(virtual_size))?;
+                plan::compatible(&volume, &wanted, Some(image.least_size()))?;
                 refuse_in_use(&volume, libvirt.as_ref())?;
+                // What only the copy would show must show before the first byte is overwritten.
+                format::measure(&image, volume.size, &progress)?;
                 backend.target(&volume, false)
             }
         });

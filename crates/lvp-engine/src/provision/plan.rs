@@ -162,7 +162,7 @@ pub async fn plan(services: &Arc<Services>, order: &Order) -> Result<Plan> {
     let header = inspect(&resolved, order, &progress).await?;
     let backend = services.targets.find(Some(&volume.spec()?.to_string()), true)?.backend;
     let libvirt = services.libvirt.clone();
-    let (wanted, image) = (volume.clone(), header.as_ref().map(|header| header.virtual_size));
+    let (wanted, image) = (volume.clone(), header.as_ref().map(|header| header.least_size));
     let (action, size, free, label) = blocking(move || {
         let free = backend.space()?.free;
         let found = backend.find(&wanted.name)?;
@@ -188,7 +188,7 @@ pub async fn plan(services: &Arc<Services>, order: &Order) -> Result<Plan> {
         image_digest: resolved.expected().cloned(),
         cache_hit: resolved.cached().is_some(),
         bytes_to_fetch: if resolved.cached().is_some() { 0 } else { resolved.size().unwrap_or(0) },
-        virtual_size_bytes: header.map(|header| header.virtual_size),
+        virtual_size_bytes: header.and_then(|header| header.virtual_size),
         volume: volume.name,
         target: label,
         volume_action: action,
