@@ -5,6 +5,7 @@ mod bad_images;
 mod bad_requests;
 mod bed;
 mod cancel;
+mod compressed;
 mod defects;
 mod golden;
 mod images;
