@@ -123,6 +123,24 @@ pub fn qcow2_of_sevens(folder: &Path, mib: u64) -> Result<PathBuf> {
     Ok(kept)
 }
 
+/// Compresses a file as `gzip`, `zstd` or `xz` do with these options; `ending` says with which (`gz`, `zst`, `xz`).
+/// Gives the new file, which has it behind its name.
+///
+/// # Errors
+/// When the program fails.
+pub fn compressed(file: &Path, ending: &str, options: &[&str]) -> Result<PathBuf> {
+    let program = match ending {
+        "gz" => "gzip",
+        "zst" => "zstd",
+        _ => ending,
+    };
+    let words = ["--keep", "--force", "--quiet"].iter().chain(options).map(OsStr::new);
+    run(program, &words.chain([file.as_os_str()]).collect::<Vec<_>>())?;
+    let mut name = file.as_os_str().to_owned();
+    name.push(format!(".{ending}"));
+    Ok(PathBuf::from(name))
+}
+
 /// What `qemu-img convert` makes of an image: a raw file.
 ///
 /// # Errors

@@ -8,20 +8,36 @@ use crate::Digest;
 
 /// The format of an image file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
 pub enum ImageFormat {
     /// qemu's copy-on-write format, version 2 or 3.
+    #[serde(rename = "qcow2")]
     Qcow2,
     /// The disk's bytes as they are.
+    #[serde(rename = "raw")]
     Raw,
+    /// The disk's bytes, compressed with gzip.
+    #[serde(rename = "raw.gz")]
+    RawGz,
+    /// The disk's bytes, compressed with zstd.
+    #[serde(rename = "raw.zst")]
+    RawZst,
+    /// The disk's bytes, compressed with xz.
+    #[serde(rename = "raw.xz")]
+    RawXz,
 }
 
 impl ImageFormat {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Qcow2, Self::Raw, Self::RawGz, Self::RawZst, Self::RawXz];
+
     /// The name on the wire, which is also the file name's ending.
     pub fn name(self) -> &'static str {
         match self {
             Self::Qcow2 => "qcow2",
             Self::Raw => "raw",
+            Self::RawGz => "raw.gz",
+            Self::RawZst => "raw.zst",
+            Self::RawXz => "raw.xz",
         }
     }
 }
@@ -36,14 +52,10 @@ impl std::str::FromStr for ImageFormat {
     type Err = crate::Invalid;
 
     fn from_str(text: &str) -> Result<Self, crate::Invalid> {
-        match text {
-            "qcow2" => Ok(Self::Qcow2),
-            "raw" => Ok(Self::Raw),
-            _ => Err(crate::Invalid(format!(
-                "image type '{}' is not known; there are qcow2 and raw",
-                text.escape_debug()
-            ))),
-        }
+        Self::ALL.into_iter().find(|format| format.name() == text).ok_or_else(|| {
+            let names = Self::ALL.map(Self::name).join(", ");
+            crate::Invalid(format!("image type '{}' is not known; there are {names}", text.escape_debug()))
+        })
     }
 }
 
@@ -61,8 +73,9 @@ pub struct Image {
     pub format: ImageFormat,
     /// Its length in bytes, as cached (compressed).
     pub size_bytes: u64,
-    /// The size of the disk in it, in bytes.
-    pub virtual_size_bytes: u64,
+    /// The size of the disk in it, in bytes; absent where only decoding all of it would tell (`raw.gz`, `raw.zst`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub virtual_size_bytes: Option<u64>,
     /// The URL that it came from last.
     pub source: String,
     /// Whether it was checked against a published or given digest, not only against its own.
@@ -134,4 +147,19 @@ pub struct PrefetchRequest {
 pub struct PinRequest {
     /// Whether to keep the image whatever the cache's size.
     pub pinned: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_format_has_one_name_everywhere() {
+        for format in ImageFormat::ALL {
+            assert_eq!(format.name().parse::<ImageFormat>().unwrap(), format);
+            assert_eq!(serde_json::to_value(format).unwrap(), format.name());
+        }
+        let error = "raw.bz2".parse::<ImageFormat>().unwrap_err();
+        assert!(error.0.contains("'raw.bz2'") && error.0.contains("raw.gz, raw.zst, raw.xz"), "{}", error.0);
+    }
 }

@@ -32,7 +32,8 @@ pub struct Plan {
     pub cache_hit: bool,
     /// Bytes that would be downloaded.
     pub bytes_to_fetch: u64,
-    /// The size of the disk in the image, in bytes; absent where the source cannot say before the download.
+    /// The size of the disk in the image, in bytes; absent where that is not known before the download,
+    /// or before all of it is decoded (`raw.gz`, `raw.zst`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub virtual_size_bytes: Option<u64>,
     /// The volume's name.

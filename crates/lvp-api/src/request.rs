@@ -24,7 +24,8 @@ pub struct ProvisionRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub size: Option<ByteSize>,
-    /// The image's type; without it, the URL's ending says it (`.qcow2`, `.raw`).
+    /// The image's type; without it, the URL's ending says it (`.qcow2`, `.raw`, `.raw.gz`, `.img.gz`,
+    /// and so for `zst` and `xz`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_type: Option<ImageFormat>,
     /// Returned in the job, and in every line of log about it.

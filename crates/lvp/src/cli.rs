@@ -104,7 +104,7 @@ pub struct Provision {
     #[arg(long, short)]
     pub target: Option<String>,
     /// The image's type; without it, the URL's ending says it
-    #[arg(long = "type", value_name = "qcow2|raw", value_parser = parse::<ImageFormat>)]
+    #[arg(long = "type", value_name = "qcow2|raw|raw.gz|raw.zst|raw.xz", value_parser = parse::<ImageFormat>)]
     pub image_type: Option<ImageFormat>,
     /// The image's digest, sha256:… or sha512:…
     #[arg(long, value_parser = parse::<Digest>)]
@@ -184,7 +184,7 @@ pub enum Image {
         #[arg(value_name = "URL")]
         image: String,
         /// The image's type; without it, the URL's ending says it
-        #[arg(long = "type", value_name = "qcow2|raw", value_parser = parse::<ImageFormat>)]
+        #[arg(long = "type", value_name = "qcow2|raw|raw.gz|raw.zst|raw.xz", value_parser = parse::<ImageFormat>)]
         image_type: Option<ImageFormat>,
         /// The image's digest, sha256:… or sha512:…
         #[arg(long, value_parser = parse::<Digest>)]

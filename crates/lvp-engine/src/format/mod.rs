@@ -10,7 +10,10 @@
 //! Image::open     the whole gate: every table
 //! Image::unproven behind the cheap gate only: to write a new volume while the image still comes
 //! populate        image → target, in parallel; after it every byte of the target is image or zero
+//! measure         how large the disk is, where only decoding all of it tells
 //! ```
+//! An image is read by its extents, in any order; but a compressed raw image only as a stream, from its begin to its end.
+//!
 //! It leaves out fetching, digests and making volumes.
 
 mod bytes;
@@ -20,20 +23,25 @@ mod magic;
 mod populate;
 mod qcow2;
 mod raw;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod verify;
 
-use std::{path::Path, sync::Arc};
+use std::{iter, path::Path, sync::Arc};
 
 use lvp_api::{ErrorCode, ImageFormat};
 
 pub use bytes::{Bytes, FileBytes, GrowingBytes};
 pub use populate::{Counts, PopulateOptions, Populated, populate, sync};
 pub use qcow2::Decoder;
+use stream::{Compression, Disk};
 pub use verify::{content_digest, first_difference};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    progress::Progress,
+};
 
 /// The largest virtual size that is accepted, in bytes: 1 PiB, more than any volume that a host can make.
 pub const VIRTUAL_SIZE_LIMIT: u64 = 1 << 50;
@@ -41,8 +49,11 @@ pub const VIRTUAL_SIZE_LIMIT: u64 = 1 << 50;
 /// What an image's header says, found to be possible.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
-    /// The size of the disk in the image, in bytes; not always a multiple of 512.
-    pub virtual_size: u64,
+    /// The size of the disk in the image, in bytes; not always a multiple of 512. None where only decoding all of a
+    /// compressed image tells: see [`measure`].
+    pub virtual_size: Option<u64>,
+    /// The size of the disk is at least this, in bytes; where [`virtual_size`](Self::virtual_size) is known it is that.
+    pub least_size: u64,
     /// The size of the image itself, in bytes.
     pub stored_size: u64,
     layout: Layout,
@@ -52,6 +63,7 @@ pub struct Header {
 enum Layout {
     Raw,
     Qcow2(qcow2::Header),
+    Stream(stream::Header),
 }
 
 /// A run of the guest's bytes that are stored in one way.
@@ -88,7 +100,7 @@ impl Header {
     /// About how many bytes the whole gate reads: of the image's tables, or of nothing.
     pub fn table_bytes(&self) -> u64 {
         match &self.layout {
-            Layout::Raw => 0,
+            Layout::Raw | Layout::Stream(_) => 0,
             Layout::Qcow2(header) => header.l1_used().saturating_mul(header.cluster_size()),
         }
     }
@@ -100,18 +112,23 @@ impl Header {
 /// `image_type_mismatch`, `image_invalid` or `image_refused`, with what is wrong; or what reading gives.
 pub fn inspect(bytes: &dyn Bytes, declared: ImageFormat) -> Result<Header> {
     magic::check(bytes, declared)?;
-    let (virtual_size, layout) = match declared {
-        ImageFormat::Raw => (bytes.len(), Layout::Raw),
-        ImageFormat::Qcow2 => {
-            let header = qcow2::Header::read(bytes)?;
-            (header.virtual_size, Layout::Qcow2(header))
-        }
+    let layout = match declared {
+        ImageFormat::Raw => Layout::Raw,
+        ImageFormat::Qcow2 => Layout::Qcow2(qcow2::Header::read(bytes)?),
+        ImageFormat::RawGz => Layout::Stream(stream::Header::read(bytes, Compression::Gzip)?),
+        ImageFormat::RawZst => Layout::Stream(stream::Header::read(bytes, Compression::Zstd)?),
+        ImageFormat::RawXz => Layout::Stream(stream::Header::read(bytes, Compression::Xz)?),
     };
-    if virtual_size > VIRTUAL_SIZE_LIMIT {
+    let (virtual_size, least_size) = match &layout {
+        Layout::Raw => (Some(bytes.len()), bytes.len()),
+        Layout::Qcow2(header) => (Some(header.virtual_size), header.virtual_size),
+        Layout::Stream(header) => (header.size, header.least_size),
+    };
+    if least_size > VIRTUAL_SIZE_LIMIT {
         return Err(Error::new(
             ErrorCode::ImageRefused,
             format!(
-                "{} has a virtual size of {virtual_size} bytes; at most {VIRTUAL_SIZE_LIMIT} are accepted",
+                "{} has a virtual size of {least_size} bytes; at most {VIRTUAL_SIZE_LIMIT} are accepted",
                 bytes.name()
             ),
         )
@@ -120,7 +137,20 @@ pub fn inspect(bytes: &dyn Bytes, declared: ImageFormat) -> Result<Header> {
     if let Layout::Qcow2(header) = &layout {
         qcow2::check_first_level(bytes, header)?;
     }
-    Ok(Header { virtual_size, stored_size: bytes.len(), layout })
+    Ok(Header { virtual_size, least_size, stored_size: bytes.len(), layout })
+}
+
+/// How large the disk in the image is, in bytes: known, or found by decoding all of it, which takes its time and finds
+/// every damage. Decoding enters the stage `verifying`.
+///
+/// # Errors
+/// `image_too_large` when it has more than `limit` bytes and that was not known; else what [`populate`] gives for the
+/// image, and the stop of the job.
+pub fn measure(image: &Image, limit: u64, progress: &Progress) -> Result<u64> {
+    match (&image.header.layout, image.header.virtual_size) {
+        (Layout::Stream(header), None) => stream::measure(&*image.bytes, *header, limit, progress),
+        (_, size) => size.ok_or_else(|| Error::internal("an image that is no stream has a size")),
+    }
 }
 
 /// An image that can be read. Only one that passed the whole gate may be written to a volume that was there before, or
@@ -144,6 +174,7 @@ impl Image {
                 raw::data_bytes(&*bytes)?
             }
             Layout::Qcow2(header) => qcow2::check(&*bytes, header)?,
+            Layout::Stream(_) => header.stored_size,
         };
         Ok(Self { bytes, header, data_bytes })
     }
@@ -152,7 +183,7 @@ impl Image {
     /// when it is read, so that reading it is safe; the tables are not held against one another. `data_bytes`, where it
     /// is known, is for showing progress.
     pub fn unproven(bytes: Arc<dyn Bytes>, header: Header, data_bytes: Option<u64>) -> Self {
-        let data_bytes = data_bytes.unwrap_or(header.virtual_size);
+        let data_bytes = data_bytes.unwrap_or_else(|| header.virtual_size.unwrap_or(header.stored_size));
         Self { bytes, header, data_bytes }
     }
 
@@ -169,28 +200,43 @@ impl Image {
         Self::open(Arc::new(FileBytes::open(path)?), declared)
     }
 
-    /// The size of the disk, in bytes.
-    pub fn virtual_size(&self) -> u64 {
+    /// The size of the disk, in bytes, where it is known: see [`Header::virtual_size`].
+    pub fn virtual_size(&self) -> Option<u64> {
         self.header.virtual_size
     }
 
-    /// How many of the guest's bytes are stored; all others are zero.
+    /// The size of the disk is at least this, in bytes: see [`Header::least_size`].
+    pub fn least_size(&self) -> u64 {
+        self.header.least_size
+    }
+
+    /// The disk as a stream, where it is one and can be read in no other way. Reads ask `progress` whether to stop, and
+    /// count on it what they read of the image if `counted`.
+    fn stream<'a>(&'a self, progress: &'a Progress, counted: bool) -> Result<Option<Disk<'a>>> {
+        let Layout::Stream(header) = &self.header.layout else { return Ok(None) };
+        Disk::open(&*self.bytes, *header, progress, counted).map(Some)
+    }
+
+    /// How many of the guest's bytes are stored; all others are zero. Of a compressed image, whose zeros are not known,
+    /// the size that it is stored in: so much data is in it at least, or nearly.
     pub fn data_bytes(&self) -> u64 {
         self.data_bytes
     }
 
-    /// The extents in guest order, without gaps, up to the virtual size. Tables are read as the iterator goes.
+    /// The extents in guest order, without gaps, up to the virtual size. Tables are read as the iterator goes. A stream
+    /// has none: an error.
     pub fn extents(&self) -> Box<dyn Iterator<Item = Result<Extent>> + Send + '_> {
         match &self.header.layout {
             Layout::Raw => Box::new(raw::Extents::new(&*self.bytes)),
             Layout::Qcow2(header) => Box::new(qcow2::Extents::new(&*self.bytes, header)),
+            Layout::Stream(_) => Box::new(iter::once(Err(Error::internal("a compressed raw image has no extents")))),
         }
     }
 
     /// Extents that are compressed begin on multiples of this many bytes of the disk and are decoded as so many.
     pub fn cluster_size(&self) -> u64 {
         match &self.header.layout {
-            Layout::Raw => 512,
+            Layout::Raw | Layout::Stream(_) => 512,
             Layout::Qcow2(header) => header.cluster_size(),
         }
     }

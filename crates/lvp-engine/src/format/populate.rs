@@ -3,19 +3,21 @@
 //! The target is cut into chunks on a fixed grid, so that every block of it has one writer and every write is aligned.
 //! Workers take chunks one after the other from a [`Plan`], which walks the image's extents; each assembles a chunk in
 //! its own buffer, and writes what is not zero. What reads as zero already is left alone; other zeros are made by the
-//! target where they are long. It leaves out the final flush ([`sync`]), which is the caller's next step.
+//! target where they are long. A compressed raw image has no extents: see [`stream`]. It leaves out the final flush
+//! ([`sync`]), which is the caller's next step.
 
+mod crew;
 mod plan;
+mod stream;
 mod worker;
+mod writer;
 
 use std::{
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Mutex, PoisonError},
     thread,
 };
 
+use crew::Crew;
 use lvp_api::{ContentDigest, ErrorCode, Stage, ZeroPolicy};
 pub(super) use plan::{Piece, Plan};
 use serde::{Deserialize, Serialize};
@@ -94,29 +96,35 @@ impl std::ops::AddAssign for Counts {
 
 /// Copies the image to the target and zeroes the rest of it.
 ///
-/// Enters the stage `populating`, whose total is the work: the image's stored bytes where the target reads zero, else
-/// the target's size. Does not flush: see [`sync`].
+/// Enters the stage `populating`, whose total is the work: the image's stored bytes where the target reads zero (of a
+/// compressed raw image, its own size), else the target's size. Does not flush: see [`sync`].
 ///
 /// # Errors
-/// `image_too_large` when the target is smaller than the disk; what the image, the target or `progress` give. The first
-/// error of any worker stops all of them; the target is then partly written.
+/// `image_too_large` when the target is smaller than the disk, which of a compressed raw image may show only when the
+/// target is full: see [`measure`](super::measure); what the image, the target or `progress` give. The first error of any
+/// worker stops all of them; the target is then partly written.
 pub fn populate(
     image: &Image,
     target: &BlockTarget,
     options: &PopulateOptions,
     progress: &Progress,
 ) -> Result<Populated> {
-    if image.virtual_size() > target.size {
-        return Err(too_large(image.virtual_size(), target));
+    if image.least_size() > target.size {
+        return Err(too_large(image.least_size(), target));
     }
     progress.check()?;
     let open = OpenTarget::open(target)?;
-    let end = match options.zero {
-        ZeroPolicy::Full => target.size,
-        ZeroPolicy::Image => image.virtual_size().next_multiple_of(BLOCK as u64).min(target.size),
+    let workers = options.workers.clamp(1, PopulateOptions::WORKERS_LIMIT);
+    let content = ContentHasher::default();
+    let end = match (options.zero, image.virtual_size()) {
+        (ZeroPolicy::Image, Some(size)) => size.next_multiple_of(BLOCK as u64).min(target.size),
+        _ => target.size,
     };
-    let total = if target.reads_zero { image.data_bytes() } else { end };
-    progress.enter(Stage::Populating, total);
+    progress.enter(Stage::Populating, if target.reads_zero { image.data_bytes() } else { end });
+    if let Some(disk) = image.stream(progress, target.reads_zero)? {
+        let counts = stream::copy(disk, &open, target, &content, PopulateOptions { workers, ..*options }, progress)?;
+        return Ok(Populated { counts, content: content.finish() });
+    }
     let chunk = CHUNK.max(image.cluster_size());
     let copy = Copy {
         image,
@@ -125,29 +133,27 @@ pub fn populate(
         chunk,
         progress,
         plan: Mutex::new(Plan::new(image.extents(), end, chunk)),
-        content: ContentHasher::default(),
-        stopped: AtomicBool::new(false),
+        content: &content,
+        crew: Crew::new(progress),
     };
-    let mut counts = run_workers(&copy, options.workers.clamp(1, PopulateOptions::WORKERS_LIMIT))?;
+    let mut counts = run_workers(&copy, workers)?;
     counts.bytes_left = target.size - end;
-    Ok(Populated { counts, content: copy.content.finish() })
+    drop(copy);
+    Ok(Populated { counts, content: content.finish() })
 }
 
 fn run_workers(copy: &Copy<'_>, workers: usize) -> Result<Counts> {
     thread::scope(|scope| {
         let mut threads = Vec::with_capacity(workers);
         for index in 0..workers {
-            let work = move || copy.guarded(|| Worker::new(copy)?.run());
-            match thread::Builder::new().name(format!("populate-{index}")).spawn_scoped(scope, work) {
+            match copy.crew.spawn(scope, format!("populate-{index}"), move || Worker::new(copy)?.run()) {
                 Ok(thread) => threads.push(thread),
                 // Fewer threads are slower, none is an error.
-                Err(error) if threads.is_empty() => {
-                    return Err(Error::internal("no thread could be started").source(error));
-                }
+                Err(error) if threads.is_empty() => return Err(crew::not_started(error)),
                 Err(_) => break,
             }
         }
-        collect(threads)
+        crew::collect(threads)
     })
 }
 
@@ -167,50 +173,14 @@ struct Copy<'a> {
     chunk: u64,
     progress: &'a Progress,
     plan: Mutex<Plan<'a>>,
-    content: ContentHasher,
-    stopped: AtomicBool,
+    content: &'a ContentHasher,
+    crew: Crew<'a>,
 }
 
 impl Copy<'_> {
-    /// Runs a worker; however it ends but well, the others stop.
-    fn guarded(&self, work: impl FnOnce() -> Result<Counts>) -> Result<Counts> {
-        struct StopOthers<'a>(Option<&'a AtomicBool>);
-        impl Drop for StopOthers<'_> {
-            fn drop(&mut self) {
-                if let Some(stopped) = self.0 {
-                    stopped.store(true, Ordering::Relaxed);
-                }
-            }
-        }
-        let mut guard = StopOthers(Some(&self.stopped));
-        let done = work()?;
-        guard.0 = None;
-        Ok(done)
-    }
-
-    /// Whether no other worker has failed; an error when the job shall stop.
-    fn goes_on(&self) -> Result<bool> {
-        self.progress.check()?;
-        Ok(!self.stopped.load(Ordering::Relaxed))
-    }
-
     fn next_piece(&self) -> Result<Option<Piece>> {
         self.plan.lock().unwrap_or_else(PoisonError::into_inner).next()
     }
-}
-
-/// Waits for all workers; the first error in their order counts, a panic last.
-fn collect(threads: Vec<thread::ScopedJoinHandle<'_, Result<Counts>>>) -> Result<Counts> {
-    let mut sum = Counts::default();
-    let mut failed: Option<Error> = None;
-    for thread in threads {
-        match thread.join() {
-            Ok(Ok(done)) => sum += done,
-            Ok(Err(error)) => failed = failed.or(Some(error)),
-            Err(_) => failed = failed.or_else(|| Some(Error::internal("a thread that copied the image panicked"))),
-        }
-    }
-    failed.map_or(Ok(sum), Err)
 }
 
 fn too_large(virtual_size: u64, target: &BlockTarget) -> Error {

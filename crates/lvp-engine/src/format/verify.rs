@@ -89,7 +89,7 @@ fn assemble(image: &Image, decoder: &mut Decoder, extents: &[Extent], start: u64
 
 /// A volume, read as the raw disk that it is.
 fn raw_header(end: u64) -> Header {
-    Header { virtual_size: end, stored_size: end, layout: Layout::Raw }
+    Header { virtual_size: Some(end), least_size: end, stored_size: end, layout: Layout::Raw }
 }
 
 /// What the threads of one reading share.

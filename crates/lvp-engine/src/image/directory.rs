@@ -271,7 +271,8 @@ pub(super) fn names(file_name: &str, sha256: &Digest, format: ImageFormat) -> [S
 
 /// The readable part of a name: letters, digits and `+ _ . -`, not hidden, not an option.
 fn stem(file_name: &str) -> String {
-    let bare = [".qcow2", ".raw", ".img"].iter().find_map(|ending| file_name.strip_suffix(ending));
+    let plain = [".gz", ".zst", ".xz"].iter().find_map(|ending| file_name.strip_suffix(ending)).unwrap_or(file_name);
+    let bare = [".qcow2", ".raw", ".img"].iter().find_map(|ending| plain.strip_suffix(ending));
     let safe: String = bare
         .unwrap_or(file_name)
         .chars()
@@ -291,6 +292,9 @@ mod tests {
         for (file_name, expected) in [
             ("debian-12.qcow2", "debian-12"),
             ("disk.img", "disk"),
+            ("disk.img.xz", "disk"),
+            ("debian-12.raw.zst", "debian-12"),
+            ("notes.gz", "notes.gz"),
             ("../../etc/passwd", "_.._etc_passwd"),
             (".hidden.raw", "hidden"),
             ("-rf", "rf"),

@@ -270,7 +270,7 @@ impl Images {
         let Downloaded { partial, size, digests, along_is_good, fetched, .. } = downloaded;
         let verified = resolved.expected.is_some();
         // The virtual size is the known image's business: nothing new is written.
-        let sidecar = Sidecar::new(&digests, resolved.wanted.format, size, 0, verified);
+        let sidecar = Sidecar::new(&digests, resolved.wanted.format, size, None, verified);
         let seen = SourceRecord::new(&resolved.wanted.url, resolved.info.as_ref(), size);
         if let Some(entry) = self.with_index(move |index| index.adopt(&sidecar, &seen)).await? {
             drop(partial);
@@ -490,7 +490,7 @@ impl Unpublished {
     ///
     /// # Errors
     /// `file_in_the_way`, `input_output`. Nothing is left then.
-    pub async fn publish(self, virtual_size: u64) -> Result<Entry> {
+    pub async fn publish(self, virtual_size: Option<u64>) -> Result<Entry> {
         let Self { images, partial, reservation, wanted, info, verified, size, digests, lead, .. } = self;
         let published = images
             .with_index(move |index| {

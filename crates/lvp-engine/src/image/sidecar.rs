@@ -34,8 +34,9 @@ pub(super) struct Sidecar {
     pub format: ImageFormat,
     /// The file's size in bytes.
     pub size: u64,
-    /// The size in bytes of the disk in it.
-    pub virtual_size: u64,
+    /// The size in bytes of the disk in it, where that is known without decoding all of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub virtual_size: Option<u64>,
     /// Whether its digest was promised by a request or a checksum file.
     pub verified: bool,
     /// Whether it is kept whatever the cache's size.
@@ -98,7 +99,7 @@ impl SourceRecord {
 
 impl Sidecar {
     /// Of an image that was fetched now.
-    pub fn new(digests: &Digests, format: ImageFormat, size: u64, virtual_size: u64, verified: bool) -> Self {
+    pub fn new(digests: &Digests, format: ImageFormat, size: u64, virtual_size: Option<u64>, verified: bool) -> Self {
         let now = Timestamp::now();
         Self {
             version: VERSION,
@@ -179,7 +180,7 @@ mod tests {
     #[test]
     fn only_so_many_sources_are_kept() {
         let digests = super::super::hasher::Hasher::new(None).finish();
-        let mut sidecar = Sidecar::new(&digests, ImageFormat::Raw, 0, 0, true);
+        let mut sidecar = Sidecar::new(&digests, ImageFormat::Raw, 0, None, true);
         for number in 0..40 {
             let text = format!("https://host/{number}");
             let url = ImageUrl::parse(&text, &super::super::SourceSettings::default(), false).unwrap();

@@ -190,7 +190,7 @@ impl Context {
         let (backend, wanted) = self.backend()?;
         let job = self.id;
         let libvirt = self.services.libvirt.clone();
-        let virtual_size = self.examined.as_ref().map(|examined| examined.header.virtual_size);
+        let virtual_size = self.examined.as_ref().map(|examined| examined.header.least_size);
         let before = self.record.clone();
         let claim = blocking(move || match find_settled(&*backend, &wanted.name)? {
             // An earlier attempt came to the end, and only that was not recorded. Its user may have the volume by now.

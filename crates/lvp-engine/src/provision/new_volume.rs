@@ -92,8 +92,8 @@ impl Context {
         let data = self.examined.as_ref().and_then(|examined| examined.data_bytes).unwrap_or(0);
         let (admitted, order) = (backend.clone(), wanted.clone());
         blocking(move || plan::admit_data(&*admitted, &order, data)).await?;
-        if let Some(examined) = &self.examined
-            && let Some(target) = sharing::begin_base(&backend, examined.header.virtual_size, self.id).await?
+        if let Some(size) = self.examined.as_ref().and_then(|examined| examined.header.virtual_size)
+            && let Some(target) = sharing::begin_base(&backend, size, self.id).await?
         {
             return Ok(Destination::Base(target));
         }

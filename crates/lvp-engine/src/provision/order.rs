@@ -167,16 +167,24 @@ fn size(gib: Option<i64>, bytes: Option<ByteSize>) -> Result<u64> {
 
 /// The format that a file's name declares. Its content is never asked: a raw disk may hold anything.
 fn format_of_name(name: &str) -> Result<ImageFormat> {
-    let ending = name.rsplit_once('.').map(|(_, ending)| ending.to_ascii_lowercase());
-    match ending.as_deref() {
-        Some("qcow2") => Ok(ImageFormat::Qcow2),
-        Some("raw") => Ok(ImageFormat::Raw),
-        _ => Err(Error::new(
+    let name = name.to_ascii_lowercase();
+    let declares = |format: &ImageFormat| {
+        let ending = format.name();
+        let parts = name.strip_suffix(ending).or_else(|| {
+            // A compressed disk is as often called .img as .raw. A plain .img may be of any format.
+            let compression = ending.strip_prefix("raw.")?;
+            name.strip_suffix(compression)?.strip_suffix("img.")
+        });
+        parts.is_some_and(|stem| stem.ends_with('.'))
+    };
+    ImageFormat::ALL.into_iter().find(declares).ok_or_else(|| {
+        let names = ImageFormat::ALL.map(ImageFormat::name);
+        let error = Error::new(
             ErrorCode::InvalidField,
-            "image_type is missing, and the URL does not end with .qcow2 or .raw",
-        )
-        .hint("give image_type: \"qcow2\" or \"raw\"")),
-    }
+            format!("image_type is missing, and the URL does not end with .{}", names.join(", .")),
+        );
+        error.hint(format!("give image_type: one of {}", names.join(", ")))
+    })
 }
 
 #[cfg(test)]
@@ -204,7 +212,20 @@ mod tests {
     fn the_name_declares_the_format() {
         assert_eq!(format_of_name("a.QCOW2").unwrap(), ImageFormat::Qcow2);
         assert_eq!(format_of_name("a.b.raw").unwrap(), ImageFormat::Raw);
-        assert!(format_of_name("a.img").is_err());
-        assert!(format_of_name("qcow2").is_err());
+        for (name, format) in [
+            ("a.raw.gz", ImageFormat::RawGz),
+            ("a.img.gz", ImageFormat::RawGz),
+            ("a.b.RAW.zst", ImageFormat::RawZst),
+            ("a.img.zst", ImageFormat::RawZst),
+            ("a.raw.xz", ImageFormat::RawXz),
+            ("a.img.XZ", ImageFormat::RawXz),
+        ] {
+            assert_eq!(format_of_name(name).unwrap(), format, "{name}");
+        }
+        for name in
+            ["a.img", "qcow2", "raw", "a.gz", "a.qcow2.gz", "a.iso.xz", "raw.gz", "aimg.gz", "img.gz", "a.raw.bz2", ""]
+        {
+            assert_eq!(format_of_name(name).unwrap_err().code(), ErrorCode::InvalidField, "{name}");
+        }
     }
 }

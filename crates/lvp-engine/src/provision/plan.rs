@@ -228,7 +228,7 @@ pub async fn plan(services: &Arc<Services>, order: &Order) -> Result<Plan> {
     };
     let is_cloned = base.is_some();
     let libvirt = services.libvirt.clone();
-    let (wanted, image) = (volume.clone(), header.as_ref().map(|header| header.virtual_size));
+    let (wanted, image) = (volume.clone(), header.as_ref().map(|header| header.least_size));
     let (action, size, free, label) = blocking(move || {
         let free = backend.space()?.free;
         let found = backend.find(&wanted.name)?;
@@ -258,7 +258,7 @@ pub async fn plan(services: &Arc<Services>, order: &Order) -> Result<Plan> {
             VolumeAction::Create | VolumeAction::Reuse if resolved.cached().is_none() => resolved.size().unwrap_or(0),
             _ => 0,
         },
-        virtual_size_bytes: header.map(|header| header.virtual_size),
+        virtual_size_bytes: header.and_then(|header| header.virtual_size),
         volume: volume.name,
         target: label,
         volume_action: action,

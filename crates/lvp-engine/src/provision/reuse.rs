@@ -16,11 +16,13 @@ impl Context {
     /// Readies the volume for writing, if it is still what was asked for and free.
     pub(super) async fn ready_volume(&mut self) -> Result<()> {
         let (backend, wanted) = self.backend()?;
-        let (libvirt, virtual_size) = (self.services.libvirt.clone(), self.image()?.virtual_size());
+        let (libvirt, image, progress) = (self.services.libvirt.clone(), self.image()?, self.progress.clone());
         let target = blocking(move || {
             let volume = find_existing(&*backend, &wanted)?;
-            plan::compatible(&volume, &wanted, Some(virtual_size))?;
+            plan::compatible(&volume, &wanted, Some(image.least_size()))?;
             refuse_in_use(&volume, libvirt.as_ref())?;
+            // What only the copy would show must show before the first byte is overwritten.
+            format::measure(&image, volume.size, &progress)?;
             backend.target(&volume, false)
         });
         let target = target.await?;

@@ -6,6 +6,7 @@ mod bad_requests;
 mod bases;
 mod bed;
 mod cancel;
+mod compressed;
 mod defects;
 mod golden;
 mod images;

@@ -68,7 +68,7 @@ fn show_list(images: &[Image]) -> String {
         vec![
             image.name.clone(),
             ByteSize(image.size_bytes).to_string(),
-            ByteSize(image.virtual_size_bytes).to_string(),
+            image.virtual_size_bytes.map_or_else(|| "?".to_owned(), |bytes| ByteSize(bytes).to_string()),
             output::moment(image.last_used_at),
             marks(image),
         ]
@@ -101,7 +101,7 @@ fn show(image: &Image) -> String {
         ("path", Some(image.path.clone())),
         ("format", Some(image.format.to_string())),
         ("file", Some(ByteSize(image.size_bytes).to_string())),
-        ("disk", Some(ByteSize(image.virtual_size_bytes).to_string())),
+        ("disk", image.virtual_size_bytes.map(|bytes| ByteSize(bytes).to_string())),
         ("source", Some(image.source.clone())),
         ("fetched", Some(output::moment(image.fetched_at))),
         ("last used", Some(output::moment(image.last_used_at))),

@@ -7,6 +7,8 @@ use std::{
     time::Duration,
 };
 
+use e2e::images;
+
 use crate::bed::{Bed, DISK, Process, run, until};
 
 #[test]
@@ -25,6 +27,33 @@ fn an_image_goes_from_a_path_to_a_volume_and_the_second_time_from_the_cache() {
     for volume in ["web-1", "web-2"] {
         bed.assert_holds(volume, &image);
     }
+}
+
+#[test]
+fn a_compressed_disk_goes_from_a_url_to_a_volume_of_a_directory() {
+    let bed = Bed::new();
+    let raw = bed.path("images/debian.img");
+    images::raw_with_data(&raw, DISK, 40, 1).unwrap();
+    let image = images::compressed(&raw, "xz", &["-1"]).unwrap();
+    bed.store.put_file("images", "debian.img.xz", &image).unwrap();
+    fs::create_dir(bed.path("disks")).unwrap();
+    let target = format!("dir:{}", bed.path("disks").display());
+    let words = ["provision", "s3://images/debian.img.xz", "web-1", "--size", "8M", "--target", &target];
+    assert!(bed.lvp(&[&words[..], &["--dry-run"]].concat()).exits(0).stdout.contains("8 MiB"));
+    bed.lvp(&words).exits(0);
+    assert!(fs::read(bed.path("disks/web-1.raw")).unwrap() == fs::read(&raw).unwrap());
+    let list = bed.lvp(&["image", "list"]).exits(0).stdout;
+    assert!(list.contains(".raw.xz") && list.contains("8 MiB"), "{list}");
+    // Compressed as another one does it, and under a name that says nothing.
+    let image = images::compressed(&raw, "gz", &[]).unwrap();
+    bed.store.put_file("images", "debian", &image).unwrap();
+    let words = ["provision", "s3://images/debian", "web-2", "--size", "8M", "-o", "json"];
+    let refused = bed.lvp(&[&words[..], &["--type", "raw"]].concat()).exits(5);
+    assert_eq!(refused.json()["hint"], "declare the type raw.gz");
+    bed.lvp(&[&words[..], &["--type", "raw.gz"]].concat()).exits(0);
+    assert!(fs::read(bed.volume("web-2")).unwrap() == fs::read(&raw).unwrap());
+    let list = bed.lvp(&["image", "list"]).exits(0).stdout;
+    assert!(list.lines().any(|line| line.contains(".raw.gz") && line.contains('?')), "{list}");
 }
 
 #[test]

@@ -227,7 +227,7 @@ fn a_virtual_size_between_two_sectors() {
         let size = 2 * MIB - 777;
         set_virtual_size(&image, size);
         let opened = Image::open_file(&image, ImageFormat::Qcow2).unwrap();
-        assert_eq!((opened.virtual_size(), opened.data_bytes()), (size, size));
+        assert_eq!((opened.virtual_size(), opened.data_bytes()), (Some(size), size));
         let target = directory.path().join("target.raw");
         used_file(&target, 3 * MIB);
         filled(&opened, &target, false);

@@ -11,11 +11,12 @@ use std::{
 use e2e::images::{self, Qcow2Options};
 use lvp_api::ImageFormat;
 
-use super::{filled, room, sparse_file};
+use super::{accounted, filled, packed, room, sparse_file};
 use crate::format::Image;
 
 /// Set in the process that is measured: the directory with the image and the target.
 const CHILD: &str = "LVP_TEST_MEMORY";
+const QCOW2: &str = "memory_is_constant_whatever_the_image";
 const LIMIT_KIB: u64 = 64 << 10;
 
 #[test]
@@ -29,7 +30,7 @@ fn memory_is_constant_whatever_the_image() {
     }
     let (directory, image) = room("image.qcow2");
     let size = largest_tables(&image);
-    assert_peak(directory.path(), size, "the largest tables");
+    assert_peak(QCOW2, directory.path(), size, "the largest tables");
     for (size, cluster_size) in [(4 << 40, 2 << 20), (8 << 30, 64 << 10)] {
         let (directory, image) = room("image.qcow2");
         let raw = directory.path().join("source.raw");
@@ -40,8 +41,37 @@ fn memory_is_constant_whatever_the_image() {
         images::run("qemu-img", &["resize", "-q", image.to_str().unwrap(), &size.to_string()]).unwrap();
         let far = format!("write -P 5 {} 1M", size - (1 << 20));
         images::qemu_io(&image, &["write -P 2 1G 8M", &far]).unwrap();
-        assert_peak(directory.path(), size, &format!("{size} bytes in clusters of {cluster_size}"));
+        assert_peak(QCOW2, directory.path(), size, &format!("{size} bytes in clusters of {cluster_size}"));
     }
+}
+
+/// As above, of streams that ask for all the memory that they get, and need it for their data: 1 GiB, most of it zeros.
+#[test]
+fn memory_is_constant_whatever_the_stream() {
+    let kinds: [(ImageFormat, &[&str]); 3] = [
+        (ImageFormat::RawGz, &["-1"]),
+        (ImageFormat::RawZst, &["-3", "--long=23", "--no-content-size"]),
+        (ImageFormat::RawXz, &["--lzma2=preset=0,dict=16MiB"]),
+    ];
+    if let Some(directory) = env::var_os(CHILD) {
+        let directory = Path::new(&directory);
+        let format = kinds.map(|(format, _)| format).into_iter().find(|format| directory.join(format.name()).exists());
+        let format = format.unwrap();
+        let image = Image::open_file(&directory.join(format.name()), format).unwrap();
+        accounted(&image, &directory.join("target.raw"), false);
+        println!("PEAK {}", peak_kib());
+        return;
+    }
+    let (directory, raw) = room("source.raw");
+    images::raw_with_data(&raw, 40 << 20, 90, 43).unwrap();
+    let data = fs::read(&raw).unwrap();
+    for (format, options) in kinds {
+        let (directory, image) = room(format.name());
+        let zeros = packed(&vec![0; 64 << 20], format, options);
+        fs::write(&image, [packed(&data, format, options), zeros.repeat(16)].concat()).unwrap();
+        assert_peak("memory_is_constant_whatever_the_stream", directory.path(), 2 << 30, format.name());
+    }
+    drop(directory);
 }
 
 /// Makes an image with the smallest clusters, an L1 table of 32 MiB, and L2 tables all over a file of the most clusters
@@ -74,12 +104,11 @@ fn largest_tables(image: &Path) -> u64 {
     disk
 }
 
-/// Copies the image in a process of its own, and holds its peak against the limit.
-fn assert_peak(directory: &Path, size: u64, what: &str) {
+/// Copies the image in a process of its own, which runs this test, and holds its peak against the limit.
+fn assert_peak(test: &str, directory: &Path, size: u64, what: &str) {
     sparse_file(&directory.join("target.raw"), size);
-    let name = "format::tests::memory::memory_is_constant_whatever_the_image";
     let output = Command::new(env::current_exe().unwrap())
-        .args(["--exact", name, "--nocapture"])
+        .args(["--exact", &format!("format::tests::memory::{test}"), "--nocapture"])
         .env(CHILD, directory)
         .output()
         .unwrap();

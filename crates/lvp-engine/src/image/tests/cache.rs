@@ -17,7 +17,7 @@ async fn the_second_request_hits_the_cache() {
     assert_eq!(store.count("GET", "/images/debian.qcow2"), 1);
     let view = second.view();
     assert_eq!(view.name, format!("debian-{}.qcow2", &sha256(&bytes).hex()[..16]));
-    assert_eq!((view.size_bytes, view.virtual_size_bytes), (300_000, 1 << 30));
+    assert_eq!((view.size_bytes, view.virtual_size_bytes), (300_000, Some(1 << 30)));
     assert_eq!((view.verified, view.pinned, view.in_use), (true, false, true));
     assert_eq!(view.source, "s3://images/debian.qcow2");
 }
@@ -191,7 +191,7 @@ async fn two_downloads_of_the_same_bytes_at_once_become_one_image() {
     }
     let first = bed.download(&server.url("/a.qcow2")).await.unwrap();
     let second = bed.download(&server.url("/b.qcow2")).await.unwrap();
-    assert_eq!(first.publish(1).await.unwrap().name(), second.publish(1).await.unwrap().name());
+    assert_eq!(first.publish(Some(1)).await.unwrap().name(), second.publish(Some(1)).await.unwrap().name());
     assert_eq!(bed.files().len(), 2);
 }
 

@@ -135,7 +135,7 @@ async fn open(path: &Path, settings: &SourceSettings, max_bytes: Option<u64>) ->
 async fn bring(images: &Images, wanted: &Wanted, progress: &Progress) -> Result<Entry> {
     match images.fetch(&images.resolve(wanted, progress).await?, None, progress).await? {
         Fetch::Cached(entry) => Ok(entry),
-        Fetch::New(new) => new.publish(1 << 30).await,
+        Fetch::New(new) => new.publish(Some(1 << 30)).await,
     }
 }
 

@@ -144,7 +144,7 @@ async fn bytes_that_a_power_cut_spoiled_are_found_by_the_digest_and_fetched_anew
         panic!("it was cached")
     };
     assert!(!new.along_is_good(), "who read along read the spoiled bytes");
-    let entry = new.publish(1).await.unwrap();
+    let entry = new.publish(Some(1)).await.unwrap();
     assert_eq!(fs::read(entry.path()).unwrap(), bytes);
 }
 

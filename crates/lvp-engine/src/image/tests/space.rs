@@ -79,7 +79,7 @@ async fn two_downloads_never_count_on_the_same_space() {
     let first = bed.download(&server.url("/1.qcow2")).await.unwrap();
     assert_eq!(bed.usage().reserved_bytes, 100 * KIB as u64);
     assert_code(bed.bring(&server.url("/2.qcow2")).await, ErrorCode::CacheFull);
-    let entry = first.publish(1).await.unwrap();
+    let entry = first.publish(Some(1)).await.unwrap();
     let usage = bed.usage();
     assert_eq!((usage.images, usage.used_bytes, usage.reserved_bytes), (1, 100 * KIB as u64, 0));
     assert_code(bed.bring(&server.url("/2.qcow2")).await, ErrorCode::CacheFull);
