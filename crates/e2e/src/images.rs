@@ -1,5 +1,5 @@
 //! Disk images for tests, made by the tools that users make them with: `qemu-img`, `qemu-io`, `mke2fs`; and loop
-//! devices to write them to.
+//! devices and file systems to write them to.
 //!
 //! Everything is seeded: the same arguments give the same bytes. It leaves out checking what lvp makes of them.
 
@@ -221,5 +221,39 @@ impl Drop for LoopDevice {
             }
             thread::sleep(Duration::from_millis(100));
         }
+    }
+}
+
+/// An empty file system on a loop device, unmounted and gone when dropped. Needs root.
+pub struct MountedFileSystem {
+    /// Where it is mounted.
+    pub path: PathBuf,
+    _device: LoopDevice,
+    _directory: tempfile::TempDir,
+}
+
+impl MountedFileSystem {
+    /// Makes one of 512 MiB, sparse, by this command (`mkfs.xfs -q -m reflink=1`), and mounts it.
+    ///
+    /// # Errors
+    /// When the program is missing, the kernel has no such file system, or without root.
+    pub fn make(command: &[&str]) -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let (image, path) = (directory.path().join("image"), directory.path().join("mounted"));
+        File::create(&image)?.set_len(512 << 20)?;
+        fs::create_dir(&path)?;
+        let (program, options) = command.split_first().context("no command")?;
+        let arguments: Vec<&OsStr> = options.iter().map(OsStr::new).chain([image.as_os_str()]).collect();
+        run(program, &arguments)?;
+        let device = LoopDevice::attach(&image, 512)?;
+        run("mount", &[&device.path, &path])?;
+        Ok(Self { path, _device: device, _directory: directory })
+    }
+}
+
+impl Drop for MountedFileSystem {
+    fn drop(&mut self) {
+        // A failed test may have left a program that stands in it.
+        let _ = run("umount", &[OsStr::new("--lazy"), self.path.as_os_str()]);
     }
 }
