@@ -1,11 +1,12 @@
 //! Volumes and the places where they live: one trait, a backend per kind of place, one conformance suite for all.
 //!
-//! A backend makes, finds, tags and removes volumes, and hands out a [`BlockTarget`] to write to. It leaves out
-//! writing, and who uses a volume: `provision` asks `host` for that.
+//! A backend makes, finds, tags and removes volumes, and hands out a [`BlockTarget`] to write to. Where it can share
+//! blocks it has a [`BaseStore`] too. It leaves out writing, and who uses a volume: `provision` asks `host` for that.
 //!
 //! LVM is the truth about its volumes: what lvp knows of a volume (that it made it, for which job, from which image)
 //! stands in tags on the volume, so there is no inventory to drift.
 
+mod base;
 #[cfg(test)]
 mod conformance;
 mod directory;
@@ -17,6 +18,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use lvp_api::{Digest, JobId, TargetSpec, VolumeName};
 
 pub use self::{
+    base::BaseStore,
     directory::Directory,
     lvm::Lvm,
     targets::{Target, Targets},
@@ -74,6 +76,21 @@ pub struct Space {
     pub total: u64,
     /// What new data can take.
     pub free: u64,
+    /// The room for the tables that say which blocks are whose, where that is a room of its own and known: the metadata
+    /// of an active thin pool. When it is full, every write to a new block fails, however much of `free` there is.
+    pub metadata: Option<MetadataSpace>,
+}
+
+/// Room for the tables of a thin pool, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MetadataSpace {
+    /// All of it.
+    pub total: u64,
+    /// What new entries can take.
+    pub free: u64,
+    /// Blocks are given out in pieces of this. Each takes about 48 bytes here (the kernel's
+    /// `admin-guide/device-mapper/thin-provisioning`); a snapshot shares those of its origin until it is written.
+    pub chunk: u64,
 }
 
 /// A volume to make.
@@ -128,6 +145,13 @@ pub trait VolumeBackend: Send + Sync {
     /// # Errors
     /// `volume_not_ours` when lvp did not make it.
     fn remove(&self, name: &VolumeName) -> Result<()>;
+
+    /// The bases that new volumes here can share blocks with; `None` where the place cannot share blocks, or not without
+    /// showing old ones: it is looked up, not assumed.
+    ///
+    /// # Errors
+    /// `target_unavailable` when the place is not there.
+    fn bases(&self) -> Result<Option<Box<dyn BaseStore + '_>>>;
 }
 
 /// How LVM's commands are tried again when another command holds LVM's lock.

@@ -8,6 +8,12 @@
 //!  .lvp-NAME.new, full size, with its tags ─► rename to NAME.raw
 //! ```
 //! A crash before the rename leaves no volume; the undo of its job, or the next creation of that name, sweeps the rest.
+//!
+//! It leaves out files that others share blocks with (`base`).
+
+mod base;
+#[cfg(test)]
+mod tests;
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -18,12 +24,13 @@ use std::{
 
 use lvp_api::{Digest, ErrorCode, JobId, VolumeName};
 use rustix::{
-    fs::{CWD, OFlags, RenameFlags, XattrFlags, fsetxattr, lgetxattr, renameat_with, statvfs},
+    fs::{CWD, OFlags, RenameFlags, XattrFlags, fsetxattr, ioctl_ficlone, lgetxattr, renameat_with, statvfs},
     io::Errno,
 };
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{Capabilities, NewVolume, Space, Tags, Volume, VolumeBackend, not_ours};
+use self::base::FileBases;
+use super::{BaseStore, Capabilities, NewVolume, Space, Tags, Volume, VolumeBackend, not_ours};
 use crate::{
     error::{Error, Result},
     host::block::BlockTarget,
@@ -85,14 +92,39 @@ impl Directory {
         Ok(Some(Volume { name, path, size: metadata.len(), tags, open: false, unsuitable }))
     }
 
-    /// Makes the file, with its size and its tags, under the name of the unborn.
-    fn make(&self, new: &NewVolume<'_>, unborn: &Path) -> Result<()> {
-        let failed = |error| Error::io("creating", unborn, error);
-        let size = new.size.checked_next_multiple_of(GRANULARITY).unwrap_or(u64::MAX);
-        let _ = fs::remove_file(unborn);
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(unborn).map_err(failed)?;
+    /// Makes a volume appear: all at once, with its size and tags, and with what `base` holds at its beginning.
+    fn bear(&self, new: &NewVolume<'_>, base: Option<&File>) -> Result<Volume> {
+        let path = self.file(new.name);
+        if path.symlink_metadata().is_ok() {
+            return Err(in_the_way(&path));
+        }
+        self.make_directory()?;
+        let unborn = self.unborn(new.name);
+        let record = Record { job: Some(new.job), image: None };
+        let born = self.make(&unborn, rounded(new.size), &record, base).and_then(|()| {
+            renameat_with(CWD, &unborn, CWD, &path, RenameFlags::NOREPLACE).map_err(|error| match error {
+                Errno::EXIST => in_the_way(&path),
+                error => Error::io("creating", &path, error.into()),
+            })
+        });
+        if let Err(error) = born {
+            let _ = fs::remove_file(&unborn);
+            return Err(error);
+        }
+        sync_directory(&self.path)?;
+        self.find(new.name)?.ok_or_else(|| Error::internal(format!("{} vanished after its creation", path.display())))
+    }
+
+    /// Makes a file of this size, with its tags, in place of what is there; it shares the blocks of `base`.
+    fn make(&self, path: &Path, size: u64, record: &Record, base: Option<&File>) -> Result<()> {
+        let failed = |error| Error::io("creating", path, error);
+        let _ = fs::remove_file(path);
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
+        if let Some(base) = base {
+            ioctl_ficlone(&file, base).map_err(|error| failed(error.into()))?;
+        }
         file.set_len(size).map_err(failed)?;
-        set_tags(&file, &Record { job: Some(new.job), image: None }).map_err(|error| {
+        write_record(&file, record).map_err(|error| {
             if error != Errno::NOTSUP {
                 return failed(error.into());
             }
@@ -109,6 +141,20 @@ impl Directory {
         file.sync_all().map_err(failed)
     }
 
+    fn make_directory(&self) -> Result<()> {
+        fs::create_dir_all(&self.path).map_err(|error| Error::io("creating", &self.path, error))
+    }
+
+    /// The directory, or its nearest parent that is there: it will be made on what that stands on.
+    fn existing(&self) -> Result<&Path> {
+        if let Ok(metadata) = fs::metadata(&self.path)
+            && !metadata.is_dir()
+        {
+            return Err(self.is_no_directory());
+        }
+        Ok(self.path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/")))
+    }
+
     fn is_no_directory(&self) -> Error {
         Error::new(ErrorCode::TargetUnavailable, format!("{} is not a directory", self.path.display()))
             .hint("name a directory as target")
@@ -117,19 +163,18 @@ impl Directory {
 
     fn space_of(path: &Path) -> Result<Space> {
         let facts = statvfs(path).map_err(|error| Error::io("asking for the space of", path, error.into()))?;
-        Ok(Space { total: facts.f_blocks * facts.f_frsize, free: facts.f_bavail * facts.f_frsize })
+        Ok(Space { total: facts.f_blocks * facts.f_frsize, free: facts.f_bavail * facts.f_frsize, metadata: None })
     }
+}
+
+/// A size as volumes have it.
+fn rounded(size: u64) -> u64 {
+    size.checked_next_multiple_of(GRANULARITY).unwrap_or(u64::MAX)
 }
 
 /// The tags of a file; none on a file without them, or on a file system that has no place for them.
 fn tags(path: &Path) -> Result<Tags> {
-    let mut buffer = [0; LONGEST_RECORD];
-    let length = match lgetxattr(path, ATTRIBUTE, &mut buffer[..]) {
-        Ok(length) => length,
-        Err(Errno::NODATA | Errno::NOTSUP | Errno::RANGE) => return Ok(Tags::default()),
-        Err(error) => return Err(Error::io("reading the tags of", path, error.into())),
-    };
-    let record = serde_json::from_slice::<Record>(&buffer[..length]).ok();
+    let record = read_record::<Record>(path)?;
     Ok(record.map_or_else(Tags::default, |record| Tags {
         made_by_lvp: record.job.is_some(),
         job: record.job,
@@ -137,9 +182,25 @@ fn tags(path: &Path) -> Result<Tags> {
     }))
 }
 
-fn set_tags(file: &File, record: &Record) -> Result<(), Errno> {
+/// What the attribute of a file says, if it says that.
+fn read_record<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    let mut buffer = [0; LONGEST_RECORD];
+    match lgetxattr(path, ATTRIBUTE, &mut buffer[..]) {
+        Ok(length) => Ok(serde_json::from_slice(&buffer[..length]).ok()),
+        Err(Errno::NODATA | Errno::NOTSUP | Errno::RANGE) => Ok(None),
+        Err(error) => Err(Error::io("reading the tags of", path, error.into())),
+    }
+}
+
+fn write_record(file: &File, record: &impl Serialize) -> Result<(), Errno> {
     let text = serde_json::to_vec(record).expect("a record is JSON");
     fsetxattr(file, ATTRIBUTE, &text, XattrFlags::empty())
+}
+
+/// Makes the names in a directory last.
+fn sync_directory(path: &Path) -> Result<()> {
+    let synced = File::open(path).and_then(|directory| directory.sync_all());
+    synced.map_err(|error| Error::io("syncing", path, error))
 }
 
 fn in_the_way(path: &Path) -> Error {
@@ -159,14 +220,7 @@ impl VolumeBackend for Directory {
     }
 
     fn space(&self) -> Result<Space> {
-        if let Ok(metadata) = fs::metadata(&self.path)
-            && !metadata.is_dir()
-        {
-            return Err(self.is_no_directory());
-        }
-        // A directory that is not there yet is made on what its nearest parent stands on.
-        let existing = self.path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
-        Self::space_of(existing)
+        Self::space_of(self.existing()?)
     }
 
     fn list(&self) -> Result<Vec<Volume>> {
@@ -193,25 +247,7 @@ impl VolumeBackend for Directory {
     }
 
     fn create(&self, new: &NewVolume<'_>) -> Result<Volume> {
-        let path = self.file(new.name);
-        if path.symlink_metadata().is_ok() {
-            return Err(in_the_way(&path));
-        }
-        fs::create_dir_all(&self.path).map_err(|error| Error::io("creating", &self.path, error))?;
-        let unborn = self.unborn(new.name);
-        let born = self.make(new, &unborn).and_then(|()| {
-            renameat_with(CWD, &unborn, CWD, &path, RenameFlags::NOREPLACE).map_err(|error| match error {
-                Errno::EXIST => in_the_way(&path),
-                error => Error::io("creating", &path, error.into()),
-            })
-        });
-        if let Err(error) = born {
-            let _ = fs::remove_file(&unborn);
-            return Err(error);
-        }
-        let directory = File::open(&self.path).and_then(|directory| directory.sync_all());
-        directory.map_err(|error| Error::io("syncing", &self.path, error))?;
-        self.find(new.name)?.ok_or_else(|| Error::internal(format!("{} vanished after its creation", path.display())))
+        self.bear(new, None)
     }
 
     fn target(&self, volume: &Volume, fresh: bool) -> Result<BlockTarget> {
@@ -223,7 +259,7 @@ impl VolumeBackend for Directory {
         let flags = OFlags::NOFOLLOW.bits().cast_signed();
         let file = OpenOptions::new().write(true).custom_flags(flags).open(&volume.path).map_err(failed)?;
         let record = Record { job: tags(&volume.path)?.job, image: image.cloned() };
-        match set_tags(&file, &record).and_then(|()| rustix::fs::fsync(&file)) {
+        match write_record(&file, &record).and_then(|()| rustix::fs::fsync(&file)) {
             // A file that was there before, where tags have no place, is written without.
             Err(Errno::NOTSUP) if record.job.is_none() => Ok(()),
             tagged => tagged.map_err(|error| failed(error.into())),
@@ -244,67 +280,8 @@ impl VolumeBackend for Directory {
             _ => Ok(()),
         }
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::volume::conformance;
-
-    #[test]
-    fn conforms() {
-        let directory = tempfile::tempdir().unwrap();
-        conformance::run(&Directory::new(directory.path().join("volumes")));
-        // Nothing is left behind, not even the private folder.
-        assert_eq!(fs::read_dir(directory.path().join("volumes")).unwrap().count(), 0);
-    }
-
-    fn job() -> JobId {
-        JobId(uuid::Uuid::now_v7())
-    }
-
-    /// A file system gives the number of a removed file to the next one: who made it must not hang on that.
-    #[test]
-    fn a_file_in_place_of_ours_is_not_ours() {
-        let directory = tempfile::tempdir().unwrap();
-        let backend = Directory::new(directory.path().to_owned());
-        let name: VolumeName = "web-1".parse().unwrap();
-        for _ in 0..20 {
-            let volume = backend.create(&NewVolume { name: &name, size: 1 << 20, job: job() }).unwrap();
-            assert!(volume.tags.made_by_lvp);
-            fs::remove_file(&volume.path).unwrap();
-            fs::write(&volume.path, b"precious").unwrap();
-            assert!(!backend.find(&name).unwrap().unwrap().tags.made_by_lvp);
-            assert_eq!(backend.remove(&name).unwrap_err().code(), ErrorCode::VolumeNotOurs);
-            fs::remove_file(&volume.path).unwrap();
-        }
-    }
-
-    #[test]
-    fn a_file_with_two_names_is_not_written() {
-        let directory = tempfile::tempdir().unwrap();
-        let backend = Directory::new(directory.path().to_owned());
-        fs::write(directory.path().join("a.raw"), b"x").unwrap();
-        fs::hard_link(directory.path().join("a.raw"), directory.path().join("b.raw")).unwrap();
-        assert!(backend.find(&"a".parse().unwrap()).unwrap().unwrap().unsuitable.is_some());
-    }
-
-    #[test]
-    fn an_interrupted_creation_leaves_no_volume_and_is_no_obstacle() {
-        let directory = tempfile::tempdir().unwrap();
-        let backend = Directory::new(directory.path().to_owned());
-        let name: VolumeName = "web-1".parse().unwrap();
-        fs::write(directory.path().join(".lvp-web-1.new"), b"half").unwrap();
-        assert_eq!(backend.find(&name).unwrap(), None);
-        assert_eq!(backend.create(&NewVolume { name: &name, size: 5000, job: job() }).unwrap().size, 8192);
-    }
-
-    #[test]
-    fn links_are_not_followed() {
-        let directory = tempfile::tempdir().unwrap();
-        std::os::unix::fs::symlink("/etc/passwd", directory.path().join("web-1.raw")).unwrap();
-        let backend = Directory::new(directory.path().to_owned());
-        let volume = backend.find(&"web-1".parse().unwrap()).unwrap().unwrap();
-        assert_eq!(volume.unsuitable, Some("it is not a regular file"));
+    fn bases(&self) -> Result<Option<Box<dyn BaseStore + '_>>> {
+        Ok(FileBases::of(self)?.map(|bases| Box::new(bases) as Box<dyn BaseStore>))
     }
 }

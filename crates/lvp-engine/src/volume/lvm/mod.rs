@@ -5,13 +5,24 @@
 //!
 //! Tags (lvm(8), "TAGS") carry what lvp knows: `lvp`, `lvp.job=UUID`, `lvp.image=sha256:HEX`. They are given to
 //! `lvcreate` itself, so a volume is never there without them, even when the power fails in between.
+//!
+//! It leaves out the form of the reports (`report`) and volumes that share blocks (`base`).
 
-use std::{path::PathBuf, thread, time::Duration};
+mod base;
+mod report;
+#[cfg(test)]
+mod tests;
+
+use std::{thread, time::Duration};
 
 use lvp_api::{Digest, ErrorCode, JobId, VolumeName};
-use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
-use super::{Capabilities, LockRetry, NewVolume, Space, Tags, Volume, VolumeBackend, not_ours};
+use self::{
+    base::PoolBases,
+    report::{IMAGE_TAG, JOB_TAG, LogicalVolume, TAG, ThinPool, VolumeGroup, number, rows},
+};
+use super::{BaseStore, Capabilities, LockRetry, NewVolume, Space, Volume, VolumeBackend, not_ours};
 use crate::{
     error::{Error, Result},
     host::{
@@ -23,10 +34,13 @@ use crate::{
 /// A command of LVM may wait for another one's lock and for udev.
 const LIMIT: Duration = Duration::from_secs(120);
 const SECTOR: u64 = 512;
-const TAG: &str = "lvp";
-const JOB_TAG: &str = "lvp.job=";
-const IMAGE_TAG: &str = "lvp.image=";
+/// No volume has more extents: LVM counts them in 32 bits (`extents_from_size` in its `lib/metadata/metadata.c`). A thin
+/// volume of so many of 4 MiB was made and written at its end with LVM 2.03.16 and Linux 6.1.
+const MOST_EXTENTS: u64 = u32::MAX as u64;
+/// No device is larger in bytes: the kernel's offsets are signed.
+const LARGEST_DEVICE: u64 = i64::MAX as u64;
 const THIN_POOL: &str = "it is a thin pool";
+const BASE: &str = "it is a base of lvp's, which volumes are made from";
 
 /// A volume group, and maybe a thin pool in it.
 #[derive(Debug)]
@@ -34,34 +48,6 @@ pub struct Lvm {
     group: String,
     pool: Option<String>,
     retry: LockRetry,
-}
-
-/// A row of `lvs`. LVM 2.03.16 gives numbers as text.
-#[derive(Debug, Deserialize)]
-struct LogicalVolume {
-    lv_name: String,
-    lv_size: String,
-    lv_path: String,
-    lv_tags: String,
-    lv_attr: String,
-    lv_device_open: String,
-}
-
-/// A row of `lvs` for a thin pool.
-#[derive(Debug, Deserialize)]
-struct ThinPool {
-    lv_size: String,
-    lv_attr: String,
-    data_percent: String,
-    zero: String,
-}
-
-/// A row of `vgs`.
-#[derive(Debug, Deserialize)]
-struct VolumeGroup {
-    vg_size: String,
-    vg_free: String,
-    vg_extent_size: String,
 }
 
 impl Lvm {
@@ -105,6 +91,19 @@ impl Lvm {
                 .retry(false)
                 .hint("`vgs` lists the volume groups of this host; set LVM_VOLUME_GROUP or the target's volume_group");
         }
+        // Words of LVM 2.03 and 2.02 (`lib/metadata/thin_manip.c`), where no new thin volume is made in a full pool.
+        if said.contains("reached threshold") || said.contains("above threshold") {
+            return Error::new(ErrorCode::InsufficientSpace, format!("the thin pool of {} is full", self.label()))
+                .source(failed)
+                .hint(
+                    "remove volumes or bases, or extend the pool with lvextend: --poolmetadatasize for its metadata",
+                );
+        }
+        if said.contains("already exists in volume group") {
+            return Error::new(ErrorCode::FileInTheWay, format!("a volume of this name exists in {}", self.label()))
+                .source(failed)
+                .hint("choose another volume name, or remove the volume");
+        }
         if said.contains("insufficient free space") || said.contains("Insufficient free space") {
             return Error::new(
                 ErrorCode::InsufficientSpace,
@@ -116,7 +115,7 @@ impl Lvm {
         failed
     }
 
-    fn report<T: serde::de::DeserializeOwned>(&self, program: &str, fields: &str, what: &str) -> Result<Vec<T>> {
+    fn report<T: DeserializeOwned>(&self, program: &str, fields: &str, what: &str) -> Result<Vec<T>> {
         let arguments = ["--reportformat", "json", "--units", "b", "--nosuffix", "-o", fields, what];
         let finished = self.run_ok(program, &arguments)?;
         rows(&finished.stdout, if program == "vgs" { "vg" } else { "lv" })
@@ -124,7 +123,7 @@ impl Lvm {
     }
 
     fn volume_group(&self) -> Result<VolumeGroup> {
-        self.report("vgs", "vg_size,vg_free,vg_extent_size", &self.group)?.pop().ok_or_else(|| {
+        self.report("vgs", VolumeGroup::FIELDS, &self.group)?.pop().ok_or_else(|| {
             Error::new(ErrorCode::TargetUnavailable, format!("volume group {} is not there", self.group))
         })
     }
@@ -137,27 +136,59 @@ impl Lvm {
                 .retry(false)
                 .hint("`lvs` lists the pools; make one with lvcreate --type thin-pool")
         };
-        self.volume_group()?;
-        let rows: Result<Vec<ThinPool>> =
-            self.report("lvs", "lv_size,lv_attr,data_percent,zero", &format!("{}/{name}", self.group));
+        let rows: Result<Vec<ThinPool>> = self.report("lvs", ThinPool::FIELDS, &self.full_name(name));
+        // What is wrong with the whole group says more.
         let pool = rows
-            .map_err(|error| unavailable("is not there").source(error))?
+            .map_err(|error| self.volume_group().err().unwrap_or_else(|| unavailable("is not there").source(error)))?
             .pop()
             .ok_or_else(|| unavailable("is not there"))?;
         if pool.lv_attr.starts_with('t') { Ok(Some(pool)) } else { Err(unavailable("is a volume, not a thin pool")) }
     }
 
+    /// All logical volumes of the group, hidden ones apart.
+    fn logical_volumes(&self) -> Result<Vec<LogicalVolume>> {
+        self.report("lvs", LogicalVolume::FIELDS, &self.group)
+    }
+
     fn volumes(&self) -> Result<Vec<Volume>> {
-        let rows: Vec<LogicalVolume> =
-            self.report("lvs", "lv_name,lv_size,lv_path,lv_tags,lv_attr,lv_device_open", &self.group)?;
+        let rows = self.logical_volumes()?;
         let mut volumes: Vec<Volume> =
             rows.into_iter().filter_map(|row| row.into_volume().transpose()).collect::<Result<_>>()?;
         volumes.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(volumes)
     }
 
-    fn full_name(&self, name: &VolumeName) -> String {
+    fn full_name(&self, name: &str) -> String {
         format!("{}/{name}", self.group)
+    }
+
+    /// Makes a volume that has its tags from the first moment. `how`: the options that say what it is made of, and last
+    /// the group or the origin.
+    fn make(&self, name: &str, job: JobId, how: &[&str]) -> Result<()> {
+        let job = format!("{JOB_TAG}{job}");
+        let arguments = [&["-y", "-n", name, "--addtag", TAG, "--addtag", &job], how].concat();
+        self.run_ok("lvcreate", &arguments).map(drop)
+    }
+
+    /// Makes an empty volume, thick or thin.
+    fn make_new(&self, name: &str, size: u64, job: JobId) -> Result<()> {
+        let size = size_argument(size);
+        match &self.pool {
+            // -W and -Z: signatures and the first bytes of what was there before never show through.
+            None => self.make(name, job, &["-Wy", "-Zy", "-L", &size, &self.group]),
+            // A new thin volume has no bytes of before; LVM refuses -Z for it, as the pool decides that.
+            Some(pool) => self.make(name, job, &["-V", &size, "--thinpool", pool, &self.group]),
+        }
+    }
+
+    /// A volume that was made just now.
+    fn made(&self, name: &VolumeName) -> Result<Volume> {
+        self.find(name)?.ok_or_else(|| Error::internal(format!("volume {name} vanished after its creation")))
+    }
+
+    /// Removes a logical volume that is known to be lvp's.
+    fn remove_at_once(&self, name: &str) -> Result<()> {
+        self.run_ok("lvremove", &["-y", &self.full_name(name)]).map(drop)
     }
 }
 
@@ -171,22 +202,20 @@ impl VolumeBackend for Lvm {
 
     fn capabilities(&self) -> Result<Capabilities> {
         let granularity = number(&self.volume_group()?.vg_extent_size)?;
-        let allocates_whole_size = self.pool.is_none();
-        Ok(Capabilities { allocates_whole_size, granularity, largest: u64::MAX, is_block: true })
+        let largest = granularity.saturating_mul(MOST_EXTENTS).min(LARGEST_DEVICE);
+        Ok(Capabilities { allocates_whole_size: self.pool.is_none(), granularity, largest, is_block: true })
     }
 
     fn space(&self) -> Result<Space> {
         if let Some(pool) = self.thin_pool()? {
-            let total = number(&pool.lv_size)?;
-            let used: f64 = pool.data_percent.parse().unwrap_or(0.0);
-            return Ok(Space { total, free: (total as f64 * (1.0 - used / 100.0)).max(0.0) as u64 });
+            return pool.space();
         }
         let group = self.volume_group()?;
-        Ok(Space { total: number(&group.vg_size)?, free: number(&group.vg_free)? })
+        Ok(Space { total: number(&group.vg_size)?, free: number(&group.vg_free)?, metadata: None })
     }
 
     fn list(&self) -> Result<Vec<Volume>> {
-        Ok(self.volumes()?.into_iter().filter(|volume| volume.unsuitable != Some(THIN_POOL)).collect())
+        Ok(self.volumes()?.into_iter().filter(|volume| !matches!(volume.unsuitable, Some(THIN_POOL | BASE))).collect())
     }
 
     fn find(&self, name: &VolumeName) -> Result<Option<Volume>> {
@@ -194,28 +223,15 @@ impl VolumeBackend for Lvm {
     }
 
     fn create(&self, new: &NewVolume<'_>) -> Result<Volume> {
-        if self.find(new.name)?.is_some() {
-            return Err(Error::new(ErrorCode::FileInTheWay, format!("volume {} exists in {}", new.name, self.label())));
-        }
-        // LVM rounds up to extents, but takes whole sectors only.
-        let size = format!("{}b", new.size.next_multiple_of(SECTOR));
-        let job = format!("{JOB_TAG}{}", new.job);
-        let mut arguments = vec!["-y", "-n", new.name.as_str(), "--addtag", TAG, "--addtag", &job];
-        match &self.pool {
-            // -W and -Z: signatures and the first bytes of what was there before never show through.
-            None => arguments.extend(["-Wy", "-Zy", "-L", &size]),
-            // A new thin volume has no bytes of before; LVM refuses -Z for it, as the pool decides that.
-            Some(pool) => arguments.extend(["-V", &size, "--thinpool", pool]),
-        }
-        arguments.push(&self.group);
-        self.run_ok("lvcreate", &arguments)?;
-        self.find(new.name)?.ok_or_else(|| Error::internal(format!("volume {} vanished after its creation", new.name)))
+        base::refuse_name(new.name)?;
+        self.make_new(new.name.as_str(), new.size, new.job)?;
+        self.made(new.name)
     }
 
     fn target(&self, volume: &Volume, fresh: bool) -> Result<BlockTarget> {
-        self.run_ok("lvchange", &["-ay", "-K", &self.full_name(&volume.name)])?;
+        self.run_ok("lvchange", &["-ay", "-K", &self.full_name(volume.name.as_str())])?;
         // A thin volume reads zero where nothing was written only if its pool zeroes new chunks.
-        let reads_zero = fresh && self.thin_pool()?.is_some_and(|pool| pool.zero == "1" || pool.zero == "zero");
+        let reads_zero = fresh && self.thin_pool()?.is_some_and(|pool| pool.zeroes());
         Ok(BlockTarget { path: volume.path.clone(), size: volume.size, reads_zero })
     }
 
@@ -228,7 +244,7 @@ impl VolumeBackend for Lvm {
         let mut arguments = Vec::new();
         arguments.extend(old.iter().flat_map(|tag| ["--deltag", tag.as_str()]));
         arguments.extend(new.iter().flat_map(|tag| ["--addtag", tag.as_str()]));
-        let name = self.full_name(&volume.name);
+        let name = self.full_name(volume.name.as_str());
         arguments.push(&name);
         self.run_ok("lvchange", &arguments).map(drop)
     }
@@ -237,77 +253,32 @@ impl VolumeBackend for Lvm {
         match self.find(name)? {
             None => Ok(()),
             Some(volume) if !volume.tags.made_by_lvp => Err(not_ours(name, &self.label())),
+            Some(Volume { unsuitable: Some(BASE), .. }) => Err(Error::new(
+                ErrorCode::VolumeInUse,
+                format!("volume {name} is not removed: {BASE}"),
+            )
+            .hint("it goes with its image; to remove it by hand, use lvremove: volumes that share its blocks stay")
+            .retry(false)
+            .detail("volume", name.as_str())),
             // `lvremove -y` of an origin would take the snapshots with it, whoever made them.
             Some(Volume { unsuitable: Some(why), .. }) => {
                 Err(Error::new(ErrorCode::VolumeInUse, format!("volume {name} is not removed: {why}"))
                     .hint("remove what depends on it first")
                     .detail("volume", name.as_str()))
             }
-            Some(_) => self.run_ok("lvremove", &["-y", &self.full_name(name)]).map(drop),
+            Some(_) => self.remove_at_once(name.as_str()),
         }
     }
-}
 
-impl LogicalVolume {
-    /// As a volume; `None` for names that no request can mean.
-    fn into_volume(self) -> Result<Option<Volume>> {
-        let Ok(name) = self.lv_name.parse::<VolumeName>() else { return Ok(None) };
-        let tags = self.lv_tags.split(',');
-        Ok(Some(Volume {
-            name,
-            path: PathBuf::from(self.lv_path),
-            size: number(&self.lv_size)?,
-            tags: Tags {
-                made_by_lvp: tags.clone().any(|tag| tag == TAG),
-                job: tags.clone().find_map(|tag| tag.strip_prefix(JOB_TAG)).and_then(|id| id.parse::<JobId>().ok()),
-                image: tags.clone().find_map(|tag| tag.strip_prefix(IMAGE_TAG)).and_then(|digest| digest.parse().ok()),
-            },
-            open: self.lv_device_open == "open",
-            unsuitable: unsuitable(&self.lv_attr),
-        }))
+    fn bases(&self) -> Result<Option<Box<dyn BaseStore + '_>>> {
+        let (Some(pool), Some(facts)) = (&self.pool, self.thin_pool()?) else { return Ok(None) };
+        Ok(PoolBases::of(self, pool, facts).map(|bases| Box::new(bases) as Box<dyn BaseStore>))
     }
 }
 
-/// Why a volume of these attributes (lvs(8), "NOTES": type, then permissions) cannot take an image.
-fn unsuitable(attributes: &str) -> Option<&'static str> {
-    let mut letters = attributes.chars();
-    match letters.next() {
-        Some('t' | 'T') => return Some(THIN_POOL),
-        Some('s' | 'S') => return Some("it is a snapshot of another volume"),
-        Some('p') => return Some("it is being moved by pvmove"),
-        Some('o' | 'O') => return Some("it has snapshots, which would be lost with it"),
-        Some('-' | 'V' | 'm' | 'M' | 'r' | 'R' | 'C' | 'g') => {}
-        _ => return Some("it is a part of another volume"),
-    }
-    matches!(letters.next(), Some('r' | 'R')).then_some("it is read-only")
-}
-
-/// The rows of a report: `{"report": [{"lv": [{…}, …]}]}`.
-fn rows<T: serde::de::DeserializeOwned>(output: &str, kind: &str) -> Result<Vec<T>> {
-    let unexpected = |why: String| {
-        Error::new(ErrorCode::CommandFailed, format!("LVM's report is not in the expected form: {why}"))
-            .hint("lvp needs LVM 2.02.158 or newer, whose reports are JSON")
-            .retry(false)
-    };
-    let mut report: serde_json::Value = serde_json::from_str(output).map_err(|error| unexpected(error.to_string()))?;
-    let Some(sections) = report.get_mut("report").and_then(|report| report.as_array_mut()) else {
-        return Err(unexpected("it has no report".to_owned()));
-    };
-    sections
-        .iter_mut()
-        .filter_map(|section| section.get_mut(kind).map(serde_json::Value::take))
-        .try_fold(Vec::new(), |mut all, section| {
-            all.extend(serde_json::from_value::<Vec<T>>(section)?);
-            Ok(all)
-        })
-        .map_err(|error: serde_json::Error| unexpected(error.to_string()))
-}
-
-fn number(text: &str) -> Result<u64> {
-    text.trim().parse().map_err(|_| {
-        Error::new(ErrorCode::CommandFailed, format!("LVM's report has '{text}' where a number of bytes was expected"))
-            .retry(false)
-    })
+/// A size as LVM takes it: it rounds up to extents, but takes whole sectors only.
+fn size_argument(size: u64) -> String {
+    format!("{}b", size.checked_next_multiple_of(SECTOR).unwrap_or(u64::MAX))
 }
 
 /// Whether LVM failed only because another command holds its lock. The words are those of LVM 2.03's `lib/locking`
@@ -322,67 +293,4 @@ fn is_lock_contention(said: &str) -> bool {
     ]
     .iter()
     .any(|words| said.contains(words))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// From LVM 2.03.16 on Debian 12.
-    const LVS: &str = r#"{"report": [{"lv": [
-        {"lv_name":"pool0", "lv_size":"1610612736", "lv_path":"", "lv_tags":"", "lv_attr":"twi-aotz--", "lv_device_open":""},
-        {"lv_name":"web-1", "lv_size":"1073741824", "lv_path":"/dev/vg0/web-1", "lv_tags":"lvp,lvp.job=0193f2b0-0000-7000-8000-000000000001", "lv_attr":"-wi-ao----", "lv_device_open":"open"},
-        {"lv_name":"frozen", "lv_size":"4194304", "lv_path":"/dev/vg0/frozen", "lv_tags":"backup", "lv_attr":"-ri-a-----", "lv_device_open":""}
-    ]}]}"#;
-
-    fn volumes() -> Vec<Volume> {
-        rows::<LogicalVolume>(LVS, "lv").unwrap().into_iter().filter_map(|row| row.into_volume().unwrap()).collect()
-    }
-
-    #[test]
-    fn a_report_becomes_volumes() {
-        let volumes = volumes();
-        assert_eq!(volumes[0].unsuitable, Some("it is a thin pool"));
-        let web = &volumes[1];
-        assert_eq!((web.name.as_str(), web.size, web.open, web.unsuitable), ("web-1", 1 << 30, true, None));
-        assert!(web.tags.made_by_lvp && web.tags.job.is_some());
-        assert_eq!(volumes[2].unsuitable, Some("it is read-only"));
-        assert!(!volumes[2].tags.made_by_lvp);
-    }
-
-    #[test]
-    fn a_report_in_another_form_is_an_error_not_an_empty_list() {
-        for output in ["", "no JSON", "{}", r#"{"report": 3}"#, r#"{"report": [{"lv": [{"lv_name": "a"}]}]}"#] {
-            assert_eq!(rows::<LogicalVolume>(output, "lv").unwrap_err().code(), ErrorCode::CommandFailed, "{output}");
-        }
-        assert!(number("1.5g").is_err());
-    }
-
-    #[test]
-    fn only_locks_are_tried_again() {
-        assert!(is_lock_contention("  Can't get lock for vg0.\n  Cannot process volume group vg0"));
-        assert!(!is_lock_contention("  Volume group \"vg0\" has insufficient free space (0 extents): 13 required."));
-    }
-
-    #[test]
-    fn an_absent_group_is_named() {
-        let lvm = Lvm::new("no-such-group".into(), None, LockRetry { attempts: 0, backoff: Vec::new() });
-        let error = lvm.space().unwrap_err();
-        assert_eq!(error.code(), ErrorCode::TargetUnavailable, "{error:?}");
-        assert!(error.to_string().contains("no-such-group"));
-    }
-
-    /// Runs on a machine with device-mapper and an empty group, as the test bed has: `TEST_BED_TARGET=vg0[/pool0]`.
-    #[cfg(feature = "lvm-tests")]
-    #[test]
-    fn conforms_on_real_lvm() {
-        let targets =
-            std::env::var("TEST_BED_TARGETS").expect("TEST_BED_TARGETS names groups or pools, such as vg0,vg0/pool0");
-        for target in targets.split(',') {
-            let (group, pool) =
-                target.split_once('/').map_or((target, None), |(group, pool)| (group, Some(pool.to_owned())));
-            let retry = LockRetry { attempts: 2, backoff: vec![Duration::from_millis(100)] };
-            crate::volume::conformance::run(&Lvm::new(group.to_owned(), pool, retry));
-        }
-    }
 }

@@ -1,0 +1,121 @@
+//! Bases: read-only volumes that hold one decoded image each, so that other volumes can share their blocks.
+//!
+//! A place that can share blocks (a thin pool, a file system with reflinks) has a [`BaseStore`]. The job that decodes
+//! an image there first makes a base of it; its own volume and all later ones are clones, which cost a moment and no
+//! space, whatever the image's size.
+//!
+//! ```text
+//!  nothing ── create ──► unsealed ── seal, first part ──► marked ── seal, last part ──► complete
+//!     ▲                   │    ▲                            │                            │   │
+//!     │                   │    └── create: begins anew ─────┤                            │   └─ clone_base: a volume
+//!     ├───── discard ─────┴─────────────────────────────────┘                            │
+//!     └───── remove ─────────────────────────────────────────────────────────────────────┘
+//!
+//!  unsealed   has the name of its job; the job may write it
+//!  marked     has its digests and is read-only, and still the name of its job: a crash leaves it so, and seal goes on
+//!  complete   has the name of its digest: given by a rename that replaces nothing, so there is one for each digest
+//! ```
+//! Only complete ones are found. A clone shares blocks with its base and does not need it: each block stays until the
+//! last that has it is gone, in whatever order they go.
+//!
+//! It leaves out writing a base, when there is one to be made or removed, and who waits for whom: `provision` knows.
+
+use lvp_api::{ByteSize, ContentDigest, Digest, ErrorCode, JobId};
+
+use super::{NewVolume, Volume};
+use crate::{
+    error::{Error, Result},
+    host::block::BlockTarget,
+};
+
+/// So many digits of a digest stand in the name of its base; all of them in what is written on it.
+const DIGITS_IN_NAME: usize = 16;
+
+/// A complete base: read-only, holds one image to the last byte and zeros behind it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Base {
+    /// The digest of the image file that it was made from.
+    pub digest: Digest,
+    /// The digest of what it holds.
+    pub content: ContentDigest,
+    /// The name of its logical volume or file.
+    pub name: String,
+    /// Its size in bytes: the image's, rounded up.
+    pub size: u64,
+    /// The bytes of the blocks that it had when it was sealed, where known. It keeps them; clones have them too.
+    pub used_bytes: Option<u64>,
+}
+
+/// A place for bases. Every method blocks.
+pub trait BaseStore: Send + Sync {
+    /// All complete bases, by name.
+    ///
+    /// # Errors
+    /// `target_unavailable` when the place is not there; so in every method.
+    fn list(&self) -> Result<Vec<Base>>;
+
+    /// The complete base of the image with this digest.
+    fn find(&self, digest: &Digest) -> Result<Option<Base>>;
+
+    /// Makes an unsealed base of `size` bytes, rounded up, and gives the target for this job to write it to; it reads
+    /// zero. What an earlier attempt of the same job left is removed first.
+    ///
+    /// # Errors
+    /// `insufficient_space`; `file_in_the_way` when something that lvp did not make has its name.
+    fn create(&self, size: u64, job: JobId) -> Result<BlockTarget>;
+
+    /// Makes a base of what this job wrote and synced. May be called again after a crash. Where a complete base of the
+    /// digest is there already, that one is given, and the job's own is removed.
+    ///
+    /// # Errors
+    /// `internal` when the job has none, `file_in_the_way` when something that is no base has the name of the base.
+    fn seal(&self, job: JobId, digest: &Digest, content: &ContentDigest) -> Result<Base>;
+
+    /// Removes this job's unsealed base; none there is no error.
+    fn discard(&self, job: JobId) -> Result<()>;
+
+    /// The jobs that have an unsealed base here.
+    fn unsealed(&self) -> Result<Vec<JobId>>;
+
+    /// Makes a volume that shares the base's blocks, is writable and has the size asked for, rounded up, with zeros
+    /// behind the base's end. It has its tags from the first moment. A crash may leave it with the size of the base.
+    ///
+    /// # Errors
+    /// `file_in_the_way` when the name is taken, `image_too_large` when the base is larger than the volume;
+    /// `command_failed` or `input_output` when the base is gone.
+    fn clone_base(&self, base: &Base, new: &NewVolume<'_>) -> Result<Volume>;
+
+    /// Removes the base of this digest; one that is gone already is no error. Volumes that share its blocks stay as they
+    /// are.
+    fn remove(&self, digest: &Digest) -> Result<()>;
+}
+
+/// The part of a digest that stands in names.
+pub fn short(digest: &Digest) -> &str {
+    &digest.hex()[..DIGITS_IN_NAME]
+}
+
+/// Refuses a clone that would be cut. `size` is the volume's, rounded up.
+pub fn fits(base: &Base, size: u64, new: &NewVolume<'_>) -> Result<()> {
+    if base.size <= size {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorCode::ImageTooLarge,
+        format!(
+            "base {} of {} does not fit on volume {} of {}",
+            base.name,
+            ByteSize(base.size),
+            new.name,
+            ByteSize(new.size)
+        ),
+    )
+    .hint("ask for a larger volume")
+    .detail("base_bytes", base.size)
+    .detail("volume_bytes", new.size))
+}
+
+/// The error of sealing what is not there.
+pub fn nothing_to_seal(job: JobId, label: &str) -> Error {
+    Error::internal(format!("job {job} has no base in {label} that could be sealed"))
+}
