@@ -177,7 +177,7 @@ impl Download<'_> {
                 // The connection broke after the last byte.
                 Err(_) if self.info.size.is_some_and(|size| size > 0 && size == at.offset) => return Ok(()),
                 Err(failure) => {
-                    retries.pause(failure, resumes && at.offset >= before + WORTHWHILE, self.progress).await?
+                    retries.pause(failure, resumes && at.offset >= before + WORTHWHILE, self.progress).await?;
                 }
             }
         }

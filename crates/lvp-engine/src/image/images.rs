@@ -388,9 +388,9 @@ impl Images {
         blocking(move || {
             let compared = held.chunks().compare(held.path(), &mark, &progress);
             if compared.is_ok() {
-                mark.complete()
+                mark.complete();
             } else {
-                mark.fail()
+                mark.fail();
             }
             compared
         })

@@ -161,7 +161,7 @@ mod tests {
         let (partial, _, there) = Partial::open(path.clone(), Some(&origin("1", "x")), false).unwrap();
         assert_eq!(there, 5);
         partial.leave();
-        let (partial, _, there) = Partial::open(path.clone(), Some(&origin("2", "x")), false).unwrap();
+        let (partial, _, there) = Partial::open(path, Some(&origin("2", "x")), false).unwrap();
         assert_eq!(there, 0);
         drop(partial);
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);

@@ -70,16 +70,16 @@ impl Transfer<'_> {
     /// Those of the source, the cache, the image and the target. The volume is then not to be used.
     pub async fn run(self) -> Result<Transferred> {
         if self.resolved.cached().is_none() {
-            return self.from_source().await;
+            return self.copy_downloaded().await;
         }
         match self.images.fetch(self.resolved, None, self.progress).await? {
-            Fetch::Cached(entry) => self.from_cache(entry, 0).await,
+            Fetch::Cached(entry) => self.copy_cached(entry, 0).await,
             Fetch::New(_) => Err(Error::internal("an image that was cached was downloaded")),
         }
     }
 
     /// Verifies the cached image and writes what is found right.
-    async fn from_cache(&self, entry: Entry, fetched: u64) -> Result<Transferred> {
+    async fn copy_cached(&self, entry: Entry, fetched: u64) -> Result<Transferred> {
         let mark = Arc::<Watermark>::default();
         let beside = self.progress.beside();
         let walk = async {
@@ -108,7 +108,7 @@ impl Transfer<'_> {
     }
 
     /// Downloads the image and writes what has come.
-    async fn from_source(&self) -> Result<Transferred> {
+    async fn copy_downloaded(&self) -> Result<Transferred> {
         let (begun, begins) = oneshot::channel();
         let mark = Arc::<Watermark>::default();
         let beside = self.progress.beside();
@@ -135,7 +135,7 @@ impl Transfer<'_> {
             }
             Ok(Fetch::Cached(entry)) => match copied.await? {
                 Some(populated) => Ok(Transferred::Done { entry, fetched: 0, populated }),
-                None => self.from_cache(entry, 0).await,
+                None => self.copy_cached(entry, 0).await,
             },
             Ok(Fetch::New(unpublished)) => self.settle(unpublished, copied).await,
         }
@@ -160,7 +160,7 @@ impl Transfer<'_> {
         match copied.await {
             Ok(Some(populated)) if along_is_good => Ok(Transferred::Done { entry, fetched, populated }),
             // There was nothing to read along: no size was announced.
-            Ok(None) => self.from_cache(entry, fetched).await,
+            Ok(None) => self.copy_cached(entry, fetched).await,
             Ok(Some(_)) => Ok(Transferred::Again { damaged: false }),
             Err(_) if !along_is_good => Ok(Transferred::Again { damaged: false }),
             Err(error) => Err(error),

@@ -1,7 +1,7 @@
 //! Base volumes, on a file system that shares blocks: made once, shared by all, gone with their image. Thin pools have the
 //! same in the end-to-end scenarios.
 
-use std::{fs, path::Path};
+use std::fs;
 
 use e2e::{
     images::MountedFileSystem,
@@ -142,5 +142,5 @@ async fn a_job_that_fails_or_is_cancelled_leaves_no_base() {
 #[track_caller]
 fn assert_nothing(mounted: &MountedFileSystem) {
     let left: Vec<_> = fs::read_dir(mounted.path.join("volumes")).unwrap().map(|entry| entry.unwrap().path()).collect();
-    assert_eq!(left, [Path::new(""); 0]);
+    assert!(left.is_empty(), "{left:?}");
 }

@@ -16,7 +16,7 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use lvp_api::{ContentDigest, Digest, JobId};
+use lvp_api::{ContentDigest, Digest, ErrorCode, JobId};
 use rustix::{
     fs::{CWD, OFlags, RenameFlags, ioctl_ficlone, renameat_with},
     io::Errno,
@@ -174,6 +174,10 @@ impl BaseStore for FileBases<'_> {
     fn clone_base(&self, base: &Base, new: &NewVolume<'_>) -> Result<Volume> {
         fits(base, rounded(new.size), new)?;
         let path = self.sealed(&base.digest);
+        if self.find(&base.digest)?.is_none() {
+            return Err(Error::new(ErrorCode::InputOutput, format!("base {} is gone", path.display()))
+                .hint("try again: a base is made where there is none"));
+        }
         let file = open_to_read(&path).map_err(|error| Error::io("opening", &path, error))?;
         self.directory.bear(new, Some(&file))
     }

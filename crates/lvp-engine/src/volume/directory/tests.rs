@@ -110,6 +110,13 @@ fn what_is_not_complete_is_not_found() {
     assert_eq!(fs::read(&path).unwrap(), b"precious");
     fs::remove_file(&path).unwrap();
     let base = store.seal(job, &digest, &content(1)).unwrap();
+    // In place of the base, after it was found.
+    let new = NewVolume { name: &"web-1".parse().unwrap(), size: SIZE, job };
+    let aside = mounted.path.join("aside");
+    fs::rename(&path, &aside).unwrap();
+    fs::write(&path, b"precious").unwrap();
+    store.clone_base(&base, &new).unwrap_err();
+    fs::rename(&aside, &path).unwrap();
     // A base under another's name, a second name, one that can be written, one that is a link.
     let other = mounted.path.join(format!(".lvp-{}.base", "b".repeat(16)));
     fs::copy(&path, &other).unwrap();
@@ -120,7 +127,7 @@ fn what_is_not_complete_is_not_found() {
     fs::remove_file(&path).unwrap();
     std::os::unix::fs::symlink(&other, &path).unwrap();
     assert_eq!(store.list().unwrap(), Vec::new());
-    store.clone_base(&base, &NewVolume { name: &"web-1".parse().unwrap(), size: SIZE, job }).unwrap_err();
+    store.clone_base(&base, &new).unwrap_err();
     fs::rename(&other, &path).unwrap();
     assert_eq!(store.list().unwrap(), [base]);
     fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();

@@ -102,17 +102,21 @@ impl<'a> PoolBases<'a> {
     /// Writes the digests on an unsealed base and makes it read-only: all of `seal` but the name.
     pub(super) fn mark(&self, row: &LogicalVolume, digest: &Digest, content: &ContentDigest) -> Result<()> {
         let name = self.lvm.full_name(&row.lv_name);
-        let tags = [format!("{BASE_TAG}{digest}"), format!("{CONTENT_TAG}{content}")];
-        let mut arguments = vec!["-ky", "--addtag", &tags[0], "--addtag", &tags[1]];
+        let mut new = vec![format!("{BASE_TAG}{digest}"), format!("{CONTENT_TAG}{content}")];
+        let used = number(&row.lv_size).ok().and_then(|size| part(size, &row.data_percent));
+        // An inactive volume does not tell; then what it told before stays.
+        new.extend(used.map(|used| format!("{USED_TAG}{used}")));
+        let old = |tag: &&str| {
+            tag.starts_with(JOB_TAG)
+                || new.iter().any(|new| new != tag && new.split('=').next() == tag.split('=').next())
+        };
+        let mut arguments = vec!["-ky"];
         // LVM refuses to make read-only what is so already: a crash came between.
         if !is_read_only(row) {
             arguments.push("-pr");
         }
-        let used = number(&row.lv_size).ok().and_then(|size| part(size, &row.data_percent));
-        let used = used.filter(|_| row.tag(USED_TAG).is_none()).map(|used| format!("{USED_TAG}{used}"));
-        arguments.extend(used.iter().flat_map(|tag| ["--addtag", tag.as_str()]));
-        let job = row.tag(JOB_TAG).map(|job| format!("{JOB_TAG}{job}"));
-        arguments.extend(job.iter().flat_map(|tag| ["--deltag", tag.as_str()]));
+        arguments.extend(row.lv_tags.split(',').filter(old).flat_map(|tag| ["--deltag", tag]));
+        arguments.extend(new.iter().flat_map(|tag| ["--addtag", tag.as_str()]));
         arguments.push(&name);
         self.lvm.run_ok("lvchange", &arguments)?;
         // A program that looks into the device just now keeps it active: no harm, it is read-only.

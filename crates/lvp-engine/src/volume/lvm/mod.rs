@@ -91,6 +91,14 @@ impl Lvm {
                 .retry(false)
                 .hint("`vgs` lists the volume groups of this host; set LVM_VOLUME_GROUP or the target's volume_group");
         }
+        // Words of LVM 2.03 and 2.02 (`lib/metadata/thin_manip.c`), where no new thin volume is made in a full pool.
+        if said.contains("reached threshold") || said.contains("above threshold") {
+            return Error::new(ErrorCode::InsufficientSpace, format!("the thin pool of {} is full", self.label()))
+                .source(failed)
+                .hint(
+                    "remove volumes or bases, or extend the pool with lvextend: --poolmetadatasize for its metadata",
+                );
+        }
         if said.contains("already exists in volume group") {
             return Error::new(ErrorCode::FileInTheWay, format!("a volume of this name exists in {}", self.label()))
                 .source(failed)
