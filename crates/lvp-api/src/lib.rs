@@ -31,7 +31,7 @@ pub use plan::{Plan, VolumeAction};
 pub use receipt::{Receipt, StageTime, VolumeVerification};
 pub use request::ProvisionRequest;
 pub use size::{ByteSize, GIB, MIB};
-pub use target::{TargetSpec, ZeroPolicy};
+pub use target::{DiskFormat, TargetSpec, ZeroPolicy};
 pub use volume::Volume;
 
 /// A value of the vocabulary that cannot be: which rule it breaks, in one sentence.

@@ -40,6 +40,37 @@ impl FromStr for ZeroPolicy {
     }
 }
 
+/// How a directory's files hold their disks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskFormat {
+    /// As it is, in a sparse file `NAME.raw`.
+    #[default]
+    Raw,
+    /// As a qcow2 image that needs no other file, `NAME.qcow2`.
+    Qcow2,
+}
+
+impl DiskFormat {
+    /// The name on the wire, which is also the file name's ending.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
+impl FromStr for DiskFormat {
+    type Err = Invalid;
+
+    fn from_str(text: &str) -> Result<Self, Invalid> {
+        [Self::Raw, Self::Qcow2].into_iter().find(|format| format.name() == text).ok_or_else(|| {
+            Invalid(format!("'{}' is no format of a volume; there are raw and qcow2", text.escape_debug()))
+        })
+    }
+}
+
 /// A place for volumes that a request or the configuration names.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum TargetSpec {

@@ -84,7 +84,7 @@ fn main() -> Anyhow<()> {
 fn one_copy(arguments: &[String]) -> Anyhow<()> {
     let [image, format, target, reads_zero, workers] = arguments else { return Err("wrong arguments".into()) };
     let image = Image::open_file(Path::new(image), format.parse::<ImageFormat>().map_err(|error| error.0)?)?;
-    let target = BlockTarget { path: target.into(), size: VOLUME, reads_zero: reads_zero == "true" };
+    let target = BlockTarget { path: target.into(), offset: 0, size: VOLUME, reads_zero: reads_zero == "true" };
     let options = PopulateOptions { workers: workers.parse()?, ..PopulateOptions::default() };
     let done = populate(&image, &target, &options, &Progress::default())?;
     sync(&target)?;

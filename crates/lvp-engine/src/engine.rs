@@ -280,10 +280,11 @@ impl Engine {
         let _turn = self.inner.verifying.lock().await;
         let progress = Progress::default();
         let _ends_with_the_caller = StopOnDrop(progress.clone());
+        let format = target.format;
         let volume = blocking(move || {
             provision::find_settled(&*target.backend, &name)?.ok_or_else(|| no_volume(&name, &target))
         });
-        provision::verify_volume(&self.inner.services, volume.await?, receipt, &progress).await
+        provision::verify_volume(&self.inner.services, volume.await?, format, receipt, &progress).await
     }
 
     /// Refuses a volume that a job works on.

@@ -54,6 +54,8 @@ pub trait Bytes: Send + Sync {
 /// A file's bytes. Its length is that of the moment when it was opened.
 pub struct FileBytes {
     file: File,
+    /// Where they begin in the file.
+    start: u64,
     length: u64,
     path: PathBuf,
 }
@@ -74,27 +76,27 @@ impl FileBytes {
         Ok(Self::new(file, path.to_owned(), length))
     }
 
-    /// The first `length` bytes of a volume, a file or a block device, as its device has them: what the page cache holds
+    /// The `length` bytes of a volume, which begin at `start` of a file or a block device, as its device has them: what the page cache holds
     /// of it is dropped first.
     ///
     /// # Errors
     /// `input_output`.
-    pub fn of_volume(path: &Path, length: u64) -> Result<Self> {
+    pub fn of_volume(path: &Path, start: u64, length: u64) -> Result<Self> {
         let file = File::open(path).map_err(|error| Error::io("opening", path, error))?;
-        let bytes = Self::new(file, path.to_owned(), length);
+        let bytes = Self { start, ..Self::new(file, path.to_owned(), length) };
         bytes.forget(0, length);
         Ok(bytes)
     }
 
     /// Drops what the page cache holds of a range; only advice.
     pub fn forget(&self, offset: u64, length: u64) {
-        let _ = fadvise(&self.file, offset, std::num::NonZeroU64::new(length), Advice::DontNeed);
+        let _ = fadvise(&self.file, self.start + offset, std::num::NonZeroU64::new(length), Advice::DontNeed);
     }
 
     fn new(file: File, path: PathBuf, length: u64) -> Self {
         // Only advice: a file system that does not take it reads as well, if slower.
         let _ = fadvise(&file, 0, None, Advice::Sequential);
-        Self { file, length, path }
+        Self { file, start: 0, length, path }
     }
 }
 
@@ -104,7 +106,7 @@ impl Bytes for FileBytes {
     }
 
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
-        self.file.read_exact_at(buffer, offset).map_err(|error| Error::io("reading", &self.path, error))
+        self.file.read_exact_at(buffer, self.start + offset).map_err(|error| Error::io("reading", &self.path, error))
     }
 
     fn data_after(&self, offset: u64) -> Result<Option<Range<u64>>> {
@@ -112,13 +114,14 @@ impl Bytes for FileBytes {
         if offset >= self.length {
             return Ok(None);
         }
-        let start = match seek(&self.file, SeekFrom::Data(offset)) {
+        let start = match seek(&self.file, SeekFrom::Data(self.start + offset)) {
             Ok(start) => start,
             Err(Errno::NXIO) => return Ok(None),
             Err(Errno::INVAL) => return Ok(Some(offset..self.length)),
             Err(error) => return Err(failed(error)),
         };
-        let end = seek(&self.file, SeekFrom::Hole(start)).map_err(failed)?.min(self.length);
+        let end = seek(&self.file, SeekFrom::Hole(start)).map_err(failed)?;
+        let (start, end) = (start - self.start, (end - self.start).min(self.length));
         Ok((start < end).then_some(start..end))
     }
 

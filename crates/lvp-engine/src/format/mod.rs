@@ -17,6 +17,7 @@
 //! It leaves out fetching, digests and making volumes.
 
 mod bytes;
+mod container;
 mod content;
 mod error;
 mod magic;
@@ -33,6 +34,7 @@ use std::{iter, path::Path, sync::Arc};
 use lvp_api::{ErrorCode, ImageFormat};
 
 pub use bytes::{Bytes, FileBytes, GrowingBytes};
+pub use container::{begin_qcow2, end_qcow2, qcow2_data_offset};
 pub use populate::{Counts, PopulateOptions, Populated, populate, sync};
 pub use qcow2::Decoder;
 use stream::{Compression, Disk};

@@ -77,7 +77,7 @@ fn filled(image: &Image, path: &Path, reads_zero: bool) -> Counts {
 /// Populates and flushes, and checks that what was done accounts for every byte.
 fn accounted(image: &Image, path: &Path, reads_zero: bool) -> Counts {
     let size = fs::metadata(path).unwrap().len();
-    let target = BlockTarget { path: path.to_owned(), size, reads_zero };
+    let target = BlockTarget { path: path.to_owned(), offset: 0, size, reads_zero };
     let progress = Progress::default();
     let done = populate(image, &target, &OPTIONS, &progress).unwrap().counts;
     sync(&target).unwrap();
@@ -124,7 +124,7 @@ fn filled_along(path: &Path, format: ImageFormat, target: &Path) {
         }
     });
     let size = fs::metadata(target).unwrap().len();
-    let target = BlockTarget { path: target.to_owned(), size, reads_zero: true };
+    let target = BlockTarget { path: target.to_owned(), offset: 0, size, reads_zero: true };
     populate(&image, &target, &OPTIONS, &progress).unwrap();
     comes.join().unwrap();
 }

@@ -21,12 +21,19 @@ use crate::{
     progress::Progress,
 };
 
-/// The digest of the first `end` bytes of a volume. Holes of a file are not read.
+/// The digest of the first `end` bytes of a volume, which begin at `start` of its file or device. Holes of a file are not
+/// read.
 ///
 /// # Errors
 /// `input_output`, the stop of the job.
-pub fn content_digest(volume: &Path, end: u64, workers: usize, progress: &Progress) -> Result<ContentDigest> {
-    let bytes = Arc::new(FileBytes::of_volume(volume, end)?);
+pub fn content_digest(
+    volume: &Path,
+    start: u64,
+    end: u64,
+    workers: usize,
+    progress: &Progress,
+) -> Result<ContentDigest> {
+    let bytes = Arc::new(FileBytes::of_volume(volume, start, end)?);
     let image = Image::unproven(bytes.clone(), raw_header(end), None);
     let reading = Reading {
         bytes: &bytes,
@@ -44,12 +51,18 @@ pub fn content_digest(volume: &Path, end: u64, workers: usize, progress: &Progre
     Ok(reading.content.finish())
 }
 
-/// The first byte of the first `end` bytes of a volume that is neither the image's nor zero behind it.
+/// The first byte of the first `end` bytes of a volume, which begin at `start` of its file or device, that is neither the image's nor zero behind it.
 ///
 /// # Errors
 /// `input_output`, `image_invalid`, the stop of the job.
-pub fn first_difference(image: &Image, volume: &Path, end: u64, progress: &Progress) -> Result<Option<u64>> {
-    let bytes = FileBytes::of_volume(volume, end)?;
+pub fn first_difference(
+    image: &Image,
+    volume: &Path,
+    start: u64,
+    end: u64,
+    progress: &Progress,
+) -> Result<Option<u64>> {
+    let bytes = FileBytes::of_volume(volume, start, end)?;
     let chunk = CHUNK.max(image.cluster_size());
     let mut plan = Plan::new(image.extents(), end, chunk);
     let (mut decoder, mut wanted, mut found) = (Decoder::new()?, vec![0; chunk as usize], vec![0; chunk as usize]);
@@ -156,20 +169,20 @@ mod tests {
             ] {
                 let volume = directory.path().join("volume.raw");
                 fs::File::create(&volume).unwrap().set_len(size).unwrap();
-                let target = BlockTarget { path: volume.clone(), size, reads_zero };
+                let target = BlockTarget { path: volume.clone(), offset: 0, size, reads_zero };
                 let done = populate(&image, &target, &PopulateOptions { workers: 2, zero }, &Progress::default());
                 let done = done.unwrap();
                 let end = size - done.counts.bytes_left;
-                assert_eq!(content_digest(&volume, end, 2, &Progress::default()).unwrap(), done.content);
-                assert_eq!(first_difference(&image, &volume, end, &Progress::default()).unwrap(), None);
+                assert_eq!(content_digest(&volume, 0, end, 2, &Progress::default()).unwrap(), done.content);
+                assert_eq!(first_difference(&image, &volume, 0, end, &Progress::default()).unwrap(), None);
                 digests.push(done.content.clone());
                 for at in [0, 5 * MIB + 77, end - 1] {
                     let file = fs::OpenOptions::new().read(true).write(true).open(&volume).unwrap();
                     let mut byte = [0];
                     file.read_exact_at(&mut byte, at).unwrap();
                     file.write_all_at(&[byte[0] ^ 1], at).unwrap();
-                    assert_ne!(content_digest(&volume, end, 2, &Progress::default()).unwrap(), done.content);
-                    let found = first_difference(&image, &volume, end, &Progress::default()).unwrap();
+                    assert_ne!(content_digest(&volume, 0, end, 2, &Progress::default()).unwrap(), done.content);
+                    let found = first_difference(&image, &volume, 0, end, &Progress::default()).unwrap();
                     assert_eq!(found, Some(at));
                     file.write_all_at(&byte, at).unwrap();
                 }

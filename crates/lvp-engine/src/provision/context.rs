@@ -401,7 +401,7 @@ impl Context {
     pub(super) fn backend(&self) -> Result<(Arc<dyn VolumeBackend>, VolumeOrder)> {
         let volume = self.order.volume.clone().ok_or_else(|| Error::internal("the job has no volume"))?;
         // The order was checked when it was made; the target is written out in it.
-        let target = self.services.targets.find(Some(&volume.spec()?.to_string()), true)?;
+        let target = self.services.targets.target(&volume.settings()?)?;
         Ok((target.backend, volume))
     }
 }

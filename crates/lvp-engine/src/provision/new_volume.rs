@@ -9,6 +9,8 @@
 //! ```
 //! It leaves out the one pass itself (`transfer`) and bases (`sharing`).
 
+use lvp_api::DiskFormat;
+
 use super::{
     context::{Context, damaged_twice, find_existing},
     in_use::{find_settled, refuse_in_use},
@@ -100,7 +102,11 @@ impl Context {
         let job = self.id;
         let made = blocking(move || {
             let volume = backend.create(&NewVolume { name: &wanted.name, size: wanted.size, job })?;
-            backend.target(&volume, true)
+            let target = backend.target(&volume, true)?;
+            match wanted.format {
+                DiskFormat::Raw => Ok(target),
+                DiskFormat::Qcow2 => format::begin_qcow2(&target),
+            }
         });
         made.await.map(Destination::Volume)
     }
@@ -162,7 +168,12 @@ impl Context {
         };
         let digest = self.record.image_digest.clone();
         blocking(move || {
-            target.as_ref().map_or(Ok(()), format::sync)?;
+            if let Some(target) = &target {
+                format::sync(target)?;
+                if wanted.format == DiskFormat::Qcow2 {
+                    format::end_qcow2(target)?;
+                }
+            }
             let volume = find_existing(&*backend, &wanted)?;
             backend.set_image(&volume, digest.as_ref())?;
             Ok(volume.size)

@@ -2,8 +2,8 @@
 //! asking a source or a host is found here, before there is a job.
 
 use lvp_api::{
-    ByteSize, Digest, ErrorCode, GIB, ImageFormat, PrefetchRequest, ProvisionRequest, TargetSpec, VolumeName,
-    ZeroPolicy,
+    ByteSize, Digest, DiskFormat, ErrorCode, GIB, ImageFormat, PrefetchRequest, ProvisionRequest, TargetSpec,
+    VolumeName, ZeroPolicy,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::{
     error::{Error, Result},
     image::{ImageUrl, SourceSettings},
-    volume::Targets,
+    volume::{TargetSettings, Targets},
 };
 
 /// A volume cannot be larger than what a file offset can say.
@@ -50,12 +50,17 @@ pub struct VolumeOrder {
     /// What is zeroed in it, likewise.
     #[serde(default)]
     pub zero: ZeroPolicy,
+    /// How a file holds the disk, likewise.
+    #[serde(default)]
+    pub format: DiskFormat,
 }
 
 impl VolumeOrder {
-    /// The target, written out.
-    pub fn spec(&self) -> Result<TargetSpec> {
-        self.target.parse().map_err(|invalid| Error::invalid(ErrorCode::InvalidTarget, &invalid))
+    /// The target as it was when the order was made.
+    pub fn settings(&self) -> Result<TargetSettings> {
+        let spec: TargetSpec =
+            self.target.parse().map_err(|invalid| Error::invalid(ErrorCode::InvalidTarget, &invalid))?;
+        Ok(TargetSettings { spec, zero: self.zero, format: self.format })
     }
 }
 
@@ -80,7 +85,7 @@ impl Order {
         image.order(
             sources,
             trusted,
-            Some(VolumeOrder { name, size, target: target.spec.to_string(), zero: target.zero }),
+            Some(VolumeOrder { name, size, target: target.spec.to_string(), zero: target.zero, format: target.format }),
         )
     }
 

@@ -217,7 +217,7 @@ pub async fn plan(services: &Arc<Services>, order: &Order) -> Result<Plan> {
     let volume = order.volume.clone().ok_or_else(|| Error::internal("a plan is for a volume"))?;
     let progress = Progress::default();
     let resolved = resolve(services, order, &progress).await?;
-    let backend = services.targets.find(Some(&volume.spec()?.to_string()), true)?.backend;
+    let backend = services.targets.target(&volume.settings()?)?.backend;
     let base = match known_digest(&resolved) {
         Some(digest) => sharing::find_base(&backend, &digest).await?,
         None => None,
@@ -271,13 +271,19 @@ pub async fn plan(services: &Arc<Services>, order: &Order) -> Result<Plan> {
 mod tests {
     use std::path::PathBuf;
 
-    use lvp_api::{GIB, VolumeName, ZeroPolicy};
+    use lvp_api::{DiskFormat, GIB, VolumeName, ZeroPolicy};
 
     use super::*;
     use crate::volume::Tags;
 
     fn wanted(size: u64) -> VolumeOrder {
-        VolumeOrder { name: "web-1".parse().unwrap(), size, target: "lvm:vg0".to_owned(), zero: ZeroPolicy::Full }
+        VolumeOrder {
+            name: "web-1".parse().unwrap(),
+            size,
+            target: "lvm:vg0".to_owned(),
+            zero: ZeroPolicy::Full,
+            format: DiskFormat::Raw,
+        }
     }
 
     fn existing(size: u64, unsuitable: Option<&'static str>) -> Volume {

@@ -1,8 +1,8 @@
 //! A volume against its receipt, and where it differs, against its image.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
-use lvp_api::{ErrorCode, Receipt, VolumeVerification};
+use lvp_api::{DiskFormat, ErrorCode, ImageFormat, Receipt, VolumeVerification};
 
 use super::{in_use::refuse_in_use, services::Services};
 use crate::{
@@ -26,6 +26,7 @@ pub fn valid_receipt(volume: &Volume, receipt: Option<Receipt>) -> Option<Receip
 pub async fn verify_volume(
     services: &Services,
     volume: Volume,
+    format: DiskFormat,
     receipt: Option<Receipt>,
     progress: &Progress,
 ) -> Result<VolumeVerification> {
@@ -33,33 +34,46 @@ pub async fn verify_volume(
     let receipt = valid_receipt(&volume, receipt).ok_or_else(|| {
         Error::new(ErrorCode::ReceiptNotFound, format!("nothing is known of what volume {name} should hold"))
     })?;
-    // What lies behind the image is not spoken for where only the image was zeroed; nor is what a volume has grown by.
-    let end = (receipt.volume_bytes - receipt.bytes_left).min(volume.size);
+    // In a qcow2 file that nobody has used, the disk lies behind the tables as it is.
+    let (start, end) = match format {
+        DiskFormat::Raw => (0, spoken_for(&receipt, &volume)),
+        DiskFormat::Qcow2 => (format::qcow2_data_offset(volume.size), volume.size),
+    };
     let (libvirt, workers, reading) = (services.libvirt.clone(), services.workers, progress.clone());
     let held = volume.clone();
     let actual = blocking(move || {
         refuse_in_use(&held, libvirt.as_ref())?;
-        format::content_digest(&held.path, end, workers, &reading)
+        if start > 0 {
+            Image::open_file(&held.path, ImageFormat::Qcow2)?;
+        }
+        format::content_digest(&held.path, start, end, workers, &reading)
     })
     .await?;
     let intact = actual == receipt.content_digest;
     let first_difference =
-        if intact { None } else { first_difference(services, &volume, &receipt, end, progress).await? };
+        if intact { None } else { first_difference(services, &volume, &receipt, start..end, progress).await? };
     Ok(VolumeVerification { name, intact, expected: receipt.content_digest, actual, first_difference })
 }
 
+/// How much of a volume its receipt is about: not what lies behind the image where only the image was zeroed, nor what the
+/// volume has grown by.
+fn spoken_for(receipt: &Receipt, volume: &Volume) -> u64 {
+    (receipt.volume_bytes - receipt.bytes_left).min(volume.size)
+}
+
+/// By its image; `range` is where the disk begins in the volume's file, and how much of it is looked at.
 async fn first_difference(
     services: &Services,
     volume: &Volume,
     receipt: &Receipt,
-    end: u64,
+    range: Range<u64>,
     progress: &Progress,
 ) -> Result<Option<u64>> {
     let Some(entry) = intact_image(services, receipt, progress).await? else { return Ok(None) };
     let (path, progress) = (volume.path.clone(), progress.clone());
     blocking(move || {
         let image = Image::open_file(entry.path(), entry.view().format)?;
-        format::first_difference(&image, &path, end, &progress)
+        format::first_difference(&image, &path, range.start, range.end, &progress)
     })
     .await
 }

@@ -15,7 +15,7 @@ mod targets;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use lvp_api::{Digest, JobId, TargetSpec, VolumeName};
+use lvp_api::{Digest, DiskFormat, JobId, TargetSpec, VolumeName};
 
 pub use self::{
     base::{Base, BaseStore},
@@ -164,12 +164,12 @@ pub struct LockRetry {
 }
 
 /// The backend of a target. `Named` targets are resolved by the caller.
-pub fn backend(spec: &TargetSpec, retry: &LockRetry) -> Result<Arc<dyn VolumeBackend>> {
+pub fn backend(spec: &TargetSpec, format: DiskFormat, retry: &LockRetry) -> Result<Arc<dyn VolumeBackend>> {
     match spec {
         TargetSpec::Lvm { volume_group, thin_pool } => {
             Ok(Arc::new(Lvm::new(volume_group.clone(), thin_pool.clone(), retry.clone())))
         }
-        TargetSpec::Directory { path } => Ok(Arc::new(Directory::new(path.clone()))),
+        TargetSpec::Directory { path } => Ok(Arc::new(Directory::new(path.clone(), format))),
         TargetSpec::Named(name) => Err(Error::internal(format!("target '{name}' was not resolved"))),
     }
 }

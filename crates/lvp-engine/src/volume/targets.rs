@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use lvp_api::{ErrorCode, TargetSpec, VolumeName, ZeroPolicy};
+use lvp_api::{DiskFormat, ErrorCode, TargetSpec, VolumeName, ZeroPolicy};
 
 use super::{LockRetry, VolumeBackend, backend};
 use crate::error::{Error, Result};
@@ -21,11 +21,13 @@ pub struct TargetSettings {
     pub spec: TargetSpec,
     /// What is zeroed in its volumes.
     pub zero: ZeroPolicy,
+    /// How its files hold their disks; raw where volumes are no files.
+    pub format: DiskFormat,
 }
 
 impl From<TargetSpec> for TargetSettings {
     fn from(spec: TargetSpec) -> Self {
-        Self { spec, zero: ZeroPolicy::Full }
+        Self { spec, zero: ZeroPolicy::Full, format: DiskFormat::Raw }
     }
 }
 
@@ -42,6 +44,8 @@ pub struct Target {
     pub spec: TargetSpec,
     /// What is zeroed in its volumes.
     pub zero: ZeroPolicy,
+    /// How its files hold their disks.
+    pub format: DiskFormat,
     /// How to act on it.
     pub backend: Arc<dyn VolumeBackend>,
 }
@@ -101,9 +105,10 @@ impl Targets {
         self.configured.iter().map(|(name, settings)| Ok((name.clone(), self.target(settings)?))).collect()
     }
 
-    fn target(&self, settings: &TargetSettings) -> Result<Target> {
-        let TargetSettings { spec, zero } = settings.clone();
-        Ok(Target { backend: backend(&spec, &self.retry)?, spec, zero })
+    /// The target of these settings, whatever is configured now.
+    pub fn target(&self, settings: &TargetSettings) -> Result<Target> {
+        let TargetSettings { spec, zero, format } = settings.clone();
+        Ok(Target { backend: backend(&spec, format, &self.retry)?, spec, zero, format })
     }
 
     fn not_found(&self, name: &str) -> Error {

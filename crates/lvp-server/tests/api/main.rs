@@ -12,6 +12,7 @@ mod golden;
 mod images;
 mod jobs;
 mod one_pass;
+mod qcow2_volumes;
 mod receipts;
 mod surface;
 mod volumes;

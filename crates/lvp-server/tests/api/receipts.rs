@@ -2,7 +2,7 @@
 
 use std::{fs, os::unix::fs::FileExt};
 
-use lvp_api::{TargetSpec, ZeroPolicy};
+use lvp_api::{DiskFormat, TargetSpec, ZeroPolicy};
 use lvp_engine::TargetSettings;
 use serde_json::{Value, json};
 
@@ -102,7 +102,9 @@ async fn only_a_target_that_says_so_leaves_what_is_behind_the_image() {
     let bed = Bed::with(|settings| {
         let TargetSettings { spec: TargetSpec::Directory { path }, .. } = &settings.targets["other"] else { panic!() };
         let spec = TargetSpec::Directory { path: path.clone() };
-        settings.targets.insert("other".to_owned(), TargetSettings { spec, zero: ZeroPolicy::Image });
+        settings
+            .targets
+            .insert("other".to_owned(), TargetSettings { spec, zero: ZeroPolicy::Image, format: DiskFormat::Raw });
     })
     .await;
     bed.publish("good.qcow2", 1);

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use lvp_api::{ByteSize, ErrorCode, TargetSpec, ZeroPolicy};
+use lvp_api::{ByteSize, DiskFormat, ErrorCode, TargetSpec, ZeroPolicy};
 use lvp_engine::{
     Credentials, EngineSettings, Error, LibvirtSetting, LockRetry, Recovery, Result, Secret, SourceSettings,
     TargetSettings, parse_endpoint,
@@ -356,7 +356,7 @@ fn default_workers() -> usize {
 
 /// A target's table: `kind = "lvm"` with `volume_group` and maybe `thin_pool`, or `kind = "dir"` with `path`.
 fn target(fields: &toml::Value) -> Result<TargetSettings, String> {
-    const FIELDS: [&str; 5] = ["kind", "volume_group", "thin_pool", "path", "zero"];
+    const FIELDS: [&str; 6] = ["kind", "volume_group", "thin_pool", "path", "zero", "format"];
     let fields = fields.as_table().ok_or("is not a table")?;
     if let Some(other) = fields.keys().find(|field| !FIELDS.contains(&field.as_str())) {
         return Err(format!("has no setting '{other}'{}", suggestion(other, FIELDS.into_iter())));
@@ -378,15 +378,29 @@ fn target(fields: &toml::Value) -> Result<TargetSettings, String> {
     };
     let not_possible = |invalid: lvp_api::Invalid| format!("is not possible: {invalid}");
     let zero = text("zero")?.map_or(Ok(ZeroPolicy::Full), str::parse).map_err(not_possible)?;
-    Ok(TargetSettings { spec: written.parse().map_err(not_possible)?, zero })
+    let format = text("format")?.map_or(Ok(DiskFormat::Raw), str::parse).map_err(not_possible)?;
+    let spec: TargetSpec = written.parse().map_err(not_possible)?;
+    match (&spec, format, zero) {
+        (TargetSpec::Lvm { .. }, DiskFormat::Qcow2, _) => {
+            Err("is of kind lvm and has a format; only the files of a dir have one".to_owned())
+        }
+        (_, DiskFormat::Qcow2, ZeroPolicy::Image) => {
+            Err("has format qcow2 and zero image; a qcow2 file has nothing of before to be left".to_owned())
+        }
+        _ => Ok(TargetSettings { spec, zero, format }),
+    }
 }
 
 /// A target as it is shown: what differs from the usual stands behind it.
 fn shown(settings: &TargetSettings) -> String {
-    match settings.zero {
-        ZeroPolicy::Full => settings.spec.to_string(),
-        zero => format!("{} (zero = {})", settings.spec, zero.name()),
+    let mut shown = settings.spec.to_string();
+    if settings.zero != ZeroPolicy::Full {
+        shown.push_str(&format!(" (zero = {})", settings.zero.name()));
     }
+    if settings.format != DiskFormat::Raw {
+        shown.push_str(&format!(" (format = {})", settings.format.name()));
+    }
+    shown
 }
 
 /// What is wrong, and on which line; never the line itself, which may hold a key.

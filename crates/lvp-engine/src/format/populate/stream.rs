@@ -232,7 +232,7 @@ mod tests {
     fn the_errors_of_all_writers_end_the_copy() {
         let (_directory, path) = room("target.raw");
         File::create(&path).unwrap().set_len(2 << 20).unwrap();
-        let target = BlockTarget { path, size: 2 << 20, reads_zero: false };
+        let target = BlockTarget { path, offset: 0, size: 2 << 20, reads_zero: false };
         let open = OpenTarget::open(&target).unwrap();
         let larger = BlockTarget { size: 1 << 40, ..target };
         for content in [vec![1; 64 << 20], vec![0; 1 << 20]] {

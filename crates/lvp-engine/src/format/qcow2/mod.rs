@@ -1,4 +1,4 @@
-//! Our own reader of qcow2, versions 2 and 3, read-only and without other files: zlib and zstd, extended L2 entries,
+//! Our own reader (and, for new volumes, writer) of qcow2, versions 2 and 3, read-only and without other files: zlib and zstd, extended L2 entries,
 //! clusters of 512 B to 2 MiB. Internal snapshots are ignored: the active disk is read.
 //!
 //! Source of every fact: the qcow2 specification (docs/interop/qcow2.txt of QEMU), and where that leaves room, what
@@ -10,16 +10,19 @@
 //! check     all tables against one another
 //! extents   the map, as a walk over the tables
 //! decode    one compressed cluster
+//! write     the tables of a new file, around a disk that is in it
 //! ```
-//! It leaves out writing, refcounts, snapshots, bitmaps, encryption, backing and data files.
+//! The reader leaves out refcounts, snapshots, bitmaps, encryption, backing and data files.
 
 mod check;
 mod decode;
 mod extents;
 mod header;
 mod tables;
+mod write;
 
 pub use check::{check, check_first_level};
 pub use decode::Decoder;
 pub use extents::Extents;
 pub use header::Header;
+pub use write::{Layout, complete};

@@ -66,7 +66,7 @@ fn image_with(directory: &Path, fault: Fault) -> Image {
 fn target_in(directory: &Path) -> BlockTarget {
     let path = directory.join("target.raw");
     sparse_file(&path, SIZE);
-    BlockTarget { path, size: SIZE, reads_zero: true }
+    BlockTarget { path, offset: 0, size: SIZE, reads_zero: true }
 }
 
 #[test]
@@ -105,7 +105,7 @@ fn a_cancel_leaves_a_device_that_can_be_opened_again() {
     let image = image_with(directory.path(), Fault::Slow);
     sparse_file(&file, SIZE);
     let device = LoopDevice::attach(&file, 4096).unwrap();
-    let target = BlockTarget { path: device.path.clone(), size: SIZE, reads_zero: false };
+    let target = BlockTarget { path: device.path.clone(), offset: 0, size: SIZE, reads_zero: false };
     let progress = Progress::default();
     let (error, late) = thread::scope(|scope| {
         let copying = scope.spawn(|| populate(&image, &target, &OPTIONS, &progress).unwrap_err());

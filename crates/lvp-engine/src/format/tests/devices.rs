@@ -27,7 +27,7 @@ fn image_in(directory: &Path, size: u64, options: &Qcow2Options) -> (Image, Vec<
 }
 
 fn copied(image: &Image, device: &LoopDevice, size: u64, reads_zero: bool) -> Counts {
-    let target = BlockTarget { path: device.path.clone(), size, reads_zero };
+    let target = BlockTarget { path: device.path.clone(), offset: 0, size, reads_zero };
     let done = populate(image, &target, &OPTIONS, &Progress::default()).unwrap().counts;
     sync(&target).unwrap();
     assert_eq!(done.bytes_written + done.bytes_zeroed + done.bytes_skipped, size);

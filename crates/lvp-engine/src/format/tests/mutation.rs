@@ -116,7 +116,7 @@ fn copy(path: &Path, target: &Path) -> Result<u64> {
             "{error:?}"
         );
     })?;
-    let target = BlockTarget { path: target.to_owned(), size: SIZE, reads_zero: false };
+    let target = BlockTarget { path: target.to_owned(), offset: 0, size: SIZE, reads_zero: false };
     populate(&image, &target, &OPTIONS, &Progress::default()).inspect_err(|error| {
         assert!(matches!(error.code(), ErrorCode::ImageInvalid | ErrorCode::ImageTooLarge), "{error:?}");
     })?;

@@ -197,7 +197,7 @@ fn a_disk_larger_than_the_target_is_refused() {
             let image = opened(packed(&disk(2 * MIB + beyond, 100), format, &["-1"]), format);
             let (_directory, path) = room("target.raw");
             sparse_file(&path, 2 * MIB);
-            let target = BlockTarget { path: path.clone(), size: 2 * MIB, reads_zero: true };
+            let target = BlockTarget { path: path.clone(), offset: 0, size: 2 * MIB, reads_zero: true };
             let error = populate(&image, &target, &OPTIONS, &Progress::default()).unwrap_err();
             assert_eq!(error.code(), ErrorCode::ImageTooLarge, "{format}: {error:?}");
             assert!(error.to_string().contains("2097152") && error.to_body().hint.is_some(), "{error:?}");
@@ -236,7 +236,7 @@ pub fn reads_of_a_copy(stored: Vec<u8>, format: ImageFormat, target: &Path) -> (
     let image = Image::open(noted.clone(), format).unwrap();
     noted.1.lock().unwrap().clear();
     let size = fs::metadata(target).unwrap().len();
-    let target = BlockTarget { path: target.to_owned(), size, reads_zero: true };
+    let target = BlockTarget { path: target.to_owned(), offset: 0, size, reads_zero: true };
     let copied = populate(&image, &target, &OPTIONS, &Progress::default()).map(drop);
     let mut end = 0;
     for (offset, length) in &*noted.1.lock().unwrap() {

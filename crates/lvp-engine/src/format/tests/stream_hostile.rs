@@ -27,7 +27,7 @@ fn copied(stored: Vec<u8>, format: ImageFormat, size: u64) -> Result<Vec<u8>> {
     let image = Image::open(Arc::new(Memory(stored)), format)?;
     let (_directory, path) = room("target.raw");
     sparse_file(&path, size);
-    let target = BlockTarget { path: path.clone(), size, reads_zero: true };
+    let target = BlockTarget { path: path.clone(), offset: 0, size, reads_zero: true };
     populate(&image, &target, &OPTIONS, &Progress::default())?;
     Ok(fs::read(&path).unwrap())
 }
@@ -245,7 +245,7 @@ fn another_format_behind_a_great_deal_of_nothing() {
         let image = opened(stored(&content), format);
         let (_directory, path) = room("target.raw");
         sparse_file(&path, 2 * MIB);
-        let target = BlockTarget { path: path.clone(), size: 2 * MIB, reads_zero: true };
+        let target = BlockTarget { path: path.clone(), offset: 0, size: 2 * MIB, reads_zero: true };
         let outcome = populate(&image, &target, &OPTIONS, &Progress::default());
         assert_refused(outcome, ErrorCode::ImageTypeMismatch, "the disk in it is a qcow2 image");
         assert!(fs::read(&path).unwrap().iter().all(|byte| *byte == 0), "{format}");
@@ -355,7 +355,7 @@ fn failed_copy(stored: &[u8], format: ImageFormat, fault: Fault, progress: &Prog
     let image = Image { bytes: Arc::new(Faulty(Memory(stored.to_vec()), middle, fault)), ..image };
     let (_directory, path) = room("target.raw");
     sparse_file(&path, 32 * MIB);
-    let target = BlockTarget { path: path.clone(), size: 32 * MIB, reads_zero: true };
+    let target = BlockTarget { path: path.clone(), offset: 0, size: 32 * MIB, reads_zero: true };
     let error = populate(&image, &target, &OPTIONS, progress).unwrap_err();
     (error, fs::read(&path).unwrap().iter().filter(|byte| **byte != 0).count() as u64)
 }
@@ -384,7 +384,7 @@ fn a_cancel_stops_a_bomb() {
         let image = opened(packed(&vec![0; 64 << 20], format, &["-1"]).repeat(160), format);
         let (_directory, path) = room("target.raw");
         sparse_file(&path, 12 << 30);
-        let target = BlockTarget { path, size: 12 << 30, reads_zero: false };
+        let target = BlockTarget { path, offset: 0, size: 12 << 30, reads_zero: false };
         let progress = Progress::default();
         let (error, late) = thread::scope(|scope| {
             let copying = scope.spawn(|| populate(&image, &target, &OPTIONS, &progress).unwrap_err());

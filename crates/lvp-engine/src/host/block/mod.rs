@@ -18,7 +18,9 @@ pub use users::users_of;
 pub struct BlockTarget {
     /// The block device or raw file. It exists and has its full size.
     pub path: PathBuf,
-    /// Its size in bytes: a multiple of 512.
+    /// Where the volume's bytes begin in it: 0, but in a file that has tables before them. A multiple of 4096.
+    pub offset: u64,
+    /// The volume's size in bytes: a multiple of 512.
     pub size: u64,
     /// Whether every byte that was never written reads as zero, so that no zero need be written.
     pub reads_zero: bool,

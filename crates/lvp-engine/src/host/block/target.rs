@@ -55,6 +55,8 @@ enum Way {
 /// A block device or raw file that is being written. Shared by threads that write different blocks.
 pub struct OpenTarget {
     path: PathBuf,
+    /// Where the volume begins in it.
+    start: u64,
     size: u64,
     device: bool,
     /// Past the page cache; none where the target does not take that.
@@ -88,15 +90,24 @@ impl OpenTarget {
             hold(&plain).map_err(|error| not_opened(target, error))?;
         }
         let size = plain.seek(SeekFrom::End(0)).map_err(|error| Error::io("finding the size of", path, error))?;
-        if size != target.size {
+        let expected = target.offset.saturating_add(target.size);
+        if size != expected {
             return Err(Error::new(
                 ErrorCode::VolumeIncompatible,
-                format!("{} has {size} bytes where {} were expected", path.display(), target.size),
+                format!("{} has {size} bytes where {expected} were expected", path.display()),
             ));
         }
         let fits = !device || ioctl_blksszget(&plain).is_ok_and(|block| block as usize <= BLOCK);
         let direct = if fits { open_with(target, OFlags::DIRECT).ok() } else { None };
-        Ok(Self { path: path.clone(), size, device, direct, plain, ways_lost: AtomicU8::new(0) })
+        Ok(Self {
+            path: path.clone(),
+            start: target.offset,
+            size: target.size,
+            device,
+            direct,
+            plain,
+            ways_lost: AtomicU8::new(0),
+        })
     }
 
     /// Writes `bytes`, which lie in an [`AlignedBuffer`](super::AlignedBuffer) at a multiple of [`BLOCK`], at `offset`,
@@ -109,7 +120,7 @@ impl OpenTarget {
         let whole = bytes.len() - bytes.len() % BLOCK;
         let (blocks, rest) = bytes.split_at(whole);
         self.write_blocks(blocks, offset)
-            .and_then(|()| self.plain.write_all_at(rest, offset + whole as u64))
+            .and_then(|()| self.plain.write_all_at(rest, self.start + offset + whole as u64))
             .map_err(|error| Error::io("writing", &self.path, error).detail("offset", offset))
     }
 
@@ -151,7 +162,7 @@ impl OpenTarget {
                 Way::Punch => FallocateFlags::PUNCH_HOLE,
                 Way::Write => return Ok((self.write_zeros(offset, length.min(WRITTEN_PIECE))?, false)),
             };
-            match fallocate(&self.plain, mode | FallocateFlags::KEEP_SIZE, offset, length) {
+            match fallocate(&self.plain, mode | FallocateFlags::KEEP_SIZE, self.start + offset, length) {
                 Ok(()) => return Ok((length, true)),
                 Err(Errno::INTR) => {}
                 Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::PERM) => {
@@ -165,6 +176,7 @@ impl OpenTarget {
 
     /// Writes whole blocks, past the page cache where that works.
     fn write_blocks(&self, blocks: &[u8], offset: u64) -> io::Result<()> {
+        let offset = self.start + offset;
         let Some(direct) = &self.direct else { return self.plain.write_all_at(blocks, offset) };
         match direct.write_all_at(blocks, offset) {
             // A file system may take the flag at open and refuse it here.
@@ -179,7 +191,7 @@ impl OpenTarget {
         let zeros = super::AlignedBuffer::new(usize::try_from(length).map_err(io::Error::other)?);
         let (blocks, rest) = zeros.split_at(zeros.len() - zeros.len() % BLOCK);
         self.write_blocks(blocks, offset)?;
-        self.plain.write_all_at(rest, offset + blocks.len() as u64)?;
+        self.plain.write_all_at(rest, self.start + offset + blocks.len() as u64)?;
         Ok(length)
     }
 
@@ -253,7 +265,7 @@ mod tests {
 
     /// Zeroes the second half of what is there in the way of this place, the others being lost, and says what is left.
     fn zeroed(path: &std::path::Path, way: u8, direct: bool) -> Vec<u8> {
-        let target = BlockTarget { path: path.to_owned(), size: SIZE, reads_zero: false };
+        let target = BlockTarget { path: path.to_owned(), offset: 0, size: SIZE, reads_zero: false };
         let mut open = OpenTarget::open(&target).unwrap();
         assert!(open.direct.is_some(), "{} takes no direct I/O", path.display());
         if !direct {

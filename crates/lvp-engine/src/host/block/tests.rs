@@ -22,7 +22,7 @@ fn used_file(path: &Path, size: u64) {
 }
 
 fn target(path: &Path, size: u64) -> BlockTarget {
-    BlockTarget { path: path.to_owned(), size, reads_zero: false }
+    BlockTarget { path: path.to_owned(), offset: 0, size, reads_zero: false }
 }
 
 fn goes_on() -> Result<()> {

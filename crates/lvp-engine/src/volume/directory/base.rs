@@ -23,7 +23,7 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Directory, Record, in_the_way, read_record, rounded, sync_directory, write_record};
+use super::{Directory, GRANULARITY, Record, in_the_way, read_record, rounded, sync_directory, write_record};
 use crate::{
     error::{Error, Result},
     host::block::BlockTarget,
@@ -134,10 +134,10 @@ impl BaseStore for FileBases<'_> {
 
     fn create(&self, size: u64, job: JobId) -> Result<BlockTarget> {
         self.directory.make_directory()?;
-        let (path, size) = (self.unsealed_file(job), rounded(size));
-        self.directory.make(&path, size, &Record { job: Some(job), image: None }, None)?;
+        let (path, size) = (self.unsealed_file(job), rounded(size, GRANULARITY));
+        self.directory.make(&path, size, &Record { job: Some(job), image: None, size: None }, None)?;
         sync_directory(&self.directory.path)?;
-        Ok(BlockTarget { path, size, reads_zero: true })
+        Ok(BlockTarget { path, offset: 0, size, reads_zero: true })
     }
 
     fn seal(&self, job: JobId, digest: &Digest, content: &ContentDigest) -> Result<Base> {
@@ -172,7 +172,7 @@ impl BaseStore for FileBases<'_> {
     }
 
     fn clone_base(&self, base: &Base, new: &NewVolume<'_>) -> Result<Volume> {
-        fits(base, rounded(new.size), new)?;
+        fits(base, rounded(new.size, GRANULARITY), new)?;
         let path = self.sealed(&base.digest);
         if self.find(&base.digest)?.is_none() {
             return Err(Error::new(ErrorCode::InputOutput, format!("base {} is gone", path.display()))

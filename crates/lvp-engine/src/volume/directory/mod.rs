@@ -1,4 +1,4 @@
-//! Volumes as sparse raw files, `DIR/NAME.raw`: no root, no LVM.
+//! Volumes as sparse files, `DIR/NAME.raw`, or as qcow2 images, `DIR/NAME.qcow2`: no root, no LVM.
 //!
 //! Tags stand in the extended attribute `user.lvp` of the file, so they go where it goes: a file that somebody puts in
 //! place of ours is not ours, and neither is a copy.
@@ -8,6 +8,9 @@
 //!  .lvp-NAME.new, full size, with its tags ─► rename to NAME.raw
 //! ```
 //! A crash before the rename leaves no volume; the undo of its job, or the next creation of that name, sweeps the rest.
+//!
+//! A qcow2 file is made empty, and its size stands in its tags: what is in it is `format`'s part. It is written once. One that
+//! is there, whoever made it, takes no other image: it may hold snapshots, and others may stand on it.
 //!
 //! It leaves out files that others share blocks with (`base`).
 
@@ -22,7 +25,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use lvp_api::{Digest, ErrorCode, JobId, VolumeName};
+use lvp_api::{Digest, DiskFormat, ErrorCode, JobId, VolumeName};
 use rustix::{
     fs::{CWD, OFlags, RenameFlags, XattrFlags, fsetxattr, ioctl_ficlone, lgetxattr, renameat_with, statvfs},
     io::Errno,
@@ -38,11 +41,14 @@ use crate::{
 
 /// Sizes are multiples of this: what every O_DIRECT write and every guest sector size divides.
 const GRANULARITY: u64 = 4096;
+/// A qcow2 image has whole clusters.
+const QCOW2_GRANULARITY: u64 = 64 << 10;
 
-/// A directory of raw files.
+/// A directory of files of one format.
 #[derive(Debug)]
 pub struct Directory {
     path: PathBuf,
+    format: DiskFormat,
 }
 
 /// The extended attribute that holds a [`Record`] as JSON.
@@ -56,19 +62,29 @@ struct Record {
     /// Absent on a file that lvp only wrote to.
     job: Option<JobId>,
     image: Option<Digest>,
+    /// The size of the disk in a qcow2 file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    size: Option<u64>,
 }
 
 impl Directory {
     /// The backend for this directory, which is made (with its parents) at the first volume.
-    pub fn new(path: PathBuf) -> Self {
-        Self { path }
+    pub fn new(path: PathBuf, format: DiskFormat) -> Self {
+        Self { path, format }
     }
 
     fn file(&self, name: &VolumeName) -> PathBuf {
-        self.path.join(format!("{name}.raw"))
+        self.path.join(format!("{name}.{}", self.format.name()))
     }
 
-    /// Where a volume is made. No volume is called so: it does not end with `.raw`.
+    fn granularity(&self) -> u64 {
+        match self.format {
+            DiskFormat::Raw => GRANULARITY,
+            DiskFormat::Qcow2 => QCOW2_GRANULARITY,
+        }
+    }
+
+    /// Where a volume is made. No volume is called so: it ends with no format.
     fn unborn(&self, name: &VolumeName) -> PathBuf {
         self.path.join(format!(".lvp-{name}.new"))
     }
@@ -81,15 +97,19 @@ impl Directory {
             Err(error) if error.kind() == ErrorKind::NotADirectory => return Err(self.is_no_directory()),
             Err(error) => return Err(Error::io("looking at", &path, error)),
         };
+        let record = if metadata.is_file() { read_record::<Record>(&path)? } else { None };
+        let size = record.as_ref().and_then(|record| record.size).unwrap_or(metadata.len());
         let unsuitable = if !metadata.is_file() {
             Some("it is not a regular file")
         } else if metadata.nlink() > 1 {
             Some("it has another name too (a hard link)")
+        } else if self.format == DiskFormat::Qcow2 {
+            Some("it is a qcow2 file, which is written only once; delete it first")
         } else {
             None
         };
-        let tags = if metadata.is_file() { tags(&path)? } else { Tags::default() };
-        Ok(Some(Volume { name, path, size: metadata.len(), tags, open: false, unsuitable }))
+        let tags = record.map_or_else(Tags::default, Record::into_tags);
+        Ok(Some(Volume { name, path, size, tags, open: false, unsuitable }))
     }
 
     /// Makes a volume appear: all at once, with its size and tags, and with what `base` holds at its beginning.
@@ -100,8 +120,13 @@ impl Directory {
         }
         self.make_directory()?;
         let unborn = self.unborn(new.name);
-        let record = Record { job: Some(new.job), image: None };
-        let born = self.make(&unborn, rounded(new.size), &record, base).and_then(|()| {
+        let size = rounded(new.size, self.granularity());
+        let (length, noted) = match self.format {
+            DiskFormat::Raw => (size, None),
+            DiskFormat::Qcow2 => (0, Some(size)),
+        };
+        let record = Record { job: Some(new.job), image: None, size: noted };
+        let born = self.make(&unborn, length, &record, base).and_then(|()| {
             renameat_with(CWD, &unborn, CWD, &path, RenameFlags::NOREPLACE).map_err(|error| match error {
                 Errno::EXIST => in_the_way(&path),
                 error => Error::io("creating", &path, error.into()),
@@ -168,21 +193,17 @@ impl Directory {
 }
 
 /// A size as volumes have it.
-fn rounded(size: u64) -> u64 {
-    size.checked_next_multiple_of(GRANULARITY).unwrap_or(u64::MAX)
+fn rounded(size: u64, granularity: u64) -> u64 {
+    size.checked_next_multiple_of(granularity).unwrap_or(u64::MAX)
 }
 
-/// The tags of a file; none on a file without them, or on a file system that has no place for them.
-fn tags(path: &Path) -> Result<Tags> {
-    let record = read_record::<Record>(path)?;
-    Ok(record.map_or_else(Tags::default, |record| Tags {
-        made_by_lvp: record.job.is_some(),
-        job: record.job,
-        image: record.image,
-    }))
+impl Record {
+    fn into_tags(self) -> Tags {
+        Tags { made_by_lvp: self.job.is_some(), job: self.job, image: self.image }
+    }
 }
 
-/// What the attribute of a file says, if it says that.
+/// What the attribute of a file says, if it says that; nothing on a file system that has no place for it.
 fn read_record<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     let mut buffer = [0; LONGEST_RECORD];
     match lgetxattr(path, ATTRIBUTE, &mut buffer[..]) {
@@ -216,7 +237,7 @@ impl VolumeBackend for Directory {
     fn capabilities(&self) -> Result<Capabilities> {
         // Files are sparse, but none that is larger than the whole file system could ever be filled.
         let largest = self.space()?.total;
-        Ok(Capabilities { allocates_whole_size: false, granularity: GRANULARITY, largest, is_block: false })
+        Ok(Capabilities { allocates_whole_size: false, granularity: self.granularity(), largest, is_block: false })
     }
 
     fn space(&self) -> Result<Space> {
@@ -234,7 +255,8 @@ impl VolumeBackend for Directory {
         for entry in entries {
             let entry = entry.map_err(|error| Error::io("listing", &self.path, error))?;
             let name = entry.file_name();
-            let Some(name) = name.to_str().and_then(|name| name.strip_suffix(".raw")) else { continue };
+            let stem = name.to_str().and_then(|name| name.rsplit_once('.'));
+            let Some((name, _)) = stem.filter(|(_, ending)| *ending == self.format.name()) else { continue };
             let Ok(name) = name.parse() else { continue };
             volumes.extend(self.volume(name)?);
         }
@@ -251,14 +273,16 @@ impl VolumeBackend for Directory {
     }
 
     fn target(&self, volume: &Volume, fresh: bool) -> Result<BlockTarget> {
-        Ok(BlockTarget { path: volume.path.clone(), size: volume.size, reads_zero: fresh })
+        Ok(BlockTarget { path: volume.path.clone(), offset: 0, size: volume.size, reads_zero: fresh })
     }
 
     fn set_image(&self, volume: &Volume, image: Option<&Digest>) -> Result<()> {
         let failed = |error| Error::io("tagging", &volume.path, error);
         let flags = OFlags::NOFOLLOW.bits().cast_signed();
         let file = OpenOptions::new().write(true).custom_flags(flags).open(&volume.path).map_err(failed)?;
-        let record = Record { job: tags(&volume.path)?.job, image: image.cloned() };
+        let before = read_record::<Record>(&volume.path)?;
+        let (job, size) = before.map_or((None, None), |record| (record.job, record.size));
+        let record = Record { job, image: image.cloned(), size };
         match write_record(&file, &record).and_then(|()| rustix::fs::fsync(&file)) {
             // A file that was there before, where tags have no place, is written without.
             Err(Errno::NOTSUP) if record.job.is_none() => Ok(()),
@@ -282,6 +306,10 @@ impl VolumeBackend for Directory {
     }
 
     fn bases(&self) -> Result<Option<Box<dyn BaseStore + '_>>> {
+        // The blocks of a qcow2 file are not the disk's alone.
+        if self.format != DiskFormat::Raw {
+            return Ok(None);
+        }
         Ok(FileBases::of(self)?.map(|bases| Box::new(bases) as Box<dyn BaseStore>))
     }
 }

@@ -19,7 +19,7 @@ fn conforms_with_bases_where_the_file_system_shares_blocks() {
     for (command, shares) in [(EXT4, false), (XFS, true), (XFS_WITHOUT_REFLINKS, false), (BTRFS, true)] {
         let mounted = MountedFileSystem::make(command).unwrap();
         let path = mounted.path.join("srv/volumes");
-        let backend = Directory::new(path.clone());
+        let backend = Directory::new(path.clone(), DiskFormat::Raw);
         // It is asked of the parent, and nothing is made for that.
         assert_eq!(backend.bases().unwrap().is_some(), shares, "{command:?}");
         assert!(!mounted.path.join("srv").exists());
@@ -33,17 +33,17 @@ fn conforms_with_bases_where_the_file_system_shares_blocks() {
 fn files_in_memory_share_no_blocks() {
     // /dev/shm is a tmpfs.
     let directory = tempfile::tempdir_in("/dev/shm").unwrap();
-    assert!(Directory::new(directory.path().to_owned()).bases().unwrap().is_none());
+    assert!(Directory::new(directory.path().to_owned(), DiskFormat::Raw).bases().unwrap().is_none());
     let file = directory.path().join("file");
     fs::write(&file, b"x").unwrap();
-    let error = Directory::new(file).bases().err().unwrap();
+    let error = Directory::new(file, DiskFormat::Raw).bases().err().unwrap();
     assert_eq!(error.code(), ErrorCode::TargetUnavailable);
 }
 
 /// A directory on XFS, with bases.
 fn on_xfs() -> (MountedFileSystem, Directory) {
     let mounted = MountedFileSystem::make(XFS).unwrap();
-    let backend = Directory::new(mounted.path.clone());
+    let backend = Directory::new(mounted.path.clone(), DiskFormat::Raw);
     (mounted, backend)
 }
 
@@ -138,7 +138,7 @@ fn what_is_not_complete_is_not_found() {
 fn conforms() {
     let directory = tempfile::tempdir().unwrap();
     // Whether there are bases here is this machine's affair.
-    let _ = conformance::run(&Directory::new(directory.path().join("volumes")));
+    let _ = conformance::run(&Directory::new(directory.path().join("volumes"), DiskFormat::Raw));
     assert_eq!(fs::read_dir(directory.path().join("volumes")).unwrap().count(), 0);
 }
 
@@ -146,7 +146,7 @@ fn conforms() {
 #[test]
 fn a_file_in_place_of_ours_is_not_ours() {
     let directory = tempfile::tempdir().unwrap();
-    let backend = Directory::new(directory.path().to_owned());
+    let backend = Directory::new(directory.path().to_owned(), DiskFormat::Raw);
     let name: VolumeName = "web-1".parse().unwrap();
     for _ in 0..20 {
         let volume = backend.create(&NewVolume { name: &name, size: 1 << 20, job: job() }).unwrap();
@@ -162,7 +162,7 @@ fn a_file_in_place_of_ours_is_not_ours() {
 #[test]
 fn a_file_with_two_names_is_not_written() {
     let directory = tempfile::tempdir().unwrap();
-    let backend = Directory::new(directory.path().to_owned());
+    let backend = Directory::new(directory.path().to_owned(), DiskFormat::Raw);
     fs::write(directory.path().join("a.raw"), b"x").unwrap();
     fs::hard_link(directory.path().join("a.raw"), directory.path().join("b.raw")).unwrap();
     assert!(backend.find(&"a".parse().unwrap()).unwrap().unwrap().unsuitable.is_some());
@@ -171,7 +171,7 @@ fn a_file_with_two_names_is_not_written() {
 #[test]
 fn an_interrupted_creation_leaves_no_volume_and_is_no_obstacle() {
     let directory = tempfile::tempdir().unwrap();
-    let backend = Directory::new(directory.path().to_owned());
+    let backend = Directory::new(directory.path().to_owned(), DiskFormat::Raw);
     let name: VolumeName = "web-1".parse().unwrap();
     fs::write(directory.path().join(".lvp-web-1.new"), b"half").unwrap();
     assert_eq!(backend.find(&name).unwrap(), None);
@@ -182,7 +182,7 @@ fn an_interrupted_creation_leaves_no_volume_and_is_no_obstacle() {
 fn links_are_not_followed() {
     let directory = tempfile::tempdir().unwrap();
     std::os::unix::fs::symlink("/etc/passwd", directory.path().join("web-1.raw")).unwrap();
-    let backend = Directory::new(directory.path().to_owned());
+    let backend = Directory::new(directory.path().to_owned(), DiskFormat::Raw);
     let volume = backend.find(&"web-1".parse().unwrap()).unwrap().unwrap();
     assert_eq!(volume.unsuitable, Some("it is not a regular file"));
 }

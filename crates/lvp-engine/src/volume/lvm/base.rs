@@ -143,7 +143,7 @@ impl BaseStore for PoolBases<'_> {
         self.lvm.make_new(&unsealed_name(job), size, job)?;
         let row = self.unsealed_row(job)?;
         let row = row.ok_or_else(|| Error::internal(format!("the base of job {job} vanished after its creation")))?;
-        Ok(BlockTarget { path: PathBuf::from(row.lv_path), size: number(&row.lv_size)?, reads_zero: true })
+        Ok(BlockTarget { path: PathBuf::from(row.lv_path), offset: 0, size: number(&row.lv_size)?, reads_zero: true })
     }
 
     fn seal(&self, job: JobId, digest: &Digest, content: &ContentDigest) -> Result<Base> {

@@ -232,7 +232,7 @@ impl VolumeBackend for Lvm {
         self.run_ok("lvchange", &["-ay", "-K", &self.full_name(volume.name.as_str())])?;
         // A thin volume reads zero where nothing was written only if its pool zeroes new chunks.
         let reads_zero = fresh && self.thin_pool()?.is_some_and(|pool| pool.zeroes());
-        Ok(BlockTarget { path: volume.path.clone(), size: volume.size, reads_zero })
+        Ok(BlockTarget { path: volume.path.clone(), offset: 0, size: volume.size, reads_zero })
     }
 
     fn set_image(&self, volume: &Volume, image: Option<&Digest>) -> Result<()> {
