@@ -24,7 +24,10 @@ use worker::Worker;
 use super::{Image, content::ContentHasher};
 use crate::{
     error::{Error, Result},
-    host::block::{BLOCK, BlockTarget, OpenTarget},
+    host::{
+        block::{BLOCK, BlockTarget, OpenTarget},
+        confine::confine_decoder,
+    },
     progress::Progress,
 };
 
@@ -137,7 +140,10 @@ fn run_workers(copy: &Copy<'_>, workers: usize) -> Result<Counts> {
     thread::scope(|scope| {
         let mut threads = Vec::with_capacity(workers);
         for index in 0..workers {
-            let work = move || copy.guarded(|| Worker::new(copy)?.run());
+            let work = move || {
+                confine_decoder(&copy.target.descriptors());
+                copy.guarded(|| Worker::new(copy)?.run())
+            };
             match thread::Builder::new().name(format!("populate-{index}")).spawn_scoped(scope, work) {
                 Ok(thread) => threads.push(thread),
                 // Fewer threads are slower, none is an error.

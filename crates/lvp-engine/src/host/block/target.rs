@@ -6,7 +6,10 @@
 use std::{
     fs::{File, OpenOptions},
     io::{self, Seek, SeekFrom},
-    os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::{FileExt, FileTypeExt, OpenOptionsExt},
+    },
     path::PathBuf,
     sync::atomic::{AtomicU8, Ordering},
     thread,
@@ -97,6 +100,11 @@ impl OpenTarget {
         let fits = !device || ioctl_blksszget(&plain).is_ok_and(|block| block as usize <= BLOCK);
         let direct = if fits { open_with(target, OFlags::DIRECT).ok() } else { None };
         Ok(Self { path: path.clone(), size, device, direct, plain, ways_lost: AtomicU8::new(0) })
+    }
+
+    /// The descriptors that it writes by: what a thread that writes it must be left with.
+    pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        [Some(&self.plain), self.direct.as_ref()].into_iter().flatten().map(AsFd::as_fd).collect()
     }
 
     /// Writes `bytes`, which lie in an [`AlignedBuffer`](super::AlignedBuffer) at a multiple of [`BLOCK`], at `offset`,
