@@ -9,7 +9,7 @@ use lvp_api::{ByteSize, Check, HealthStatus, TargetSpec};
 use crate::{
     error::Result,
     health::check,
-    host::libvirt::Libvirt,
+    host::{confine, libvirt::Libvirt},
     image::probe_store,
     settings::{EngineSettings, LIBVIRT_URI, LibvirtSetting, POOL},
     task::blocking,
@@ -20,6 +20,7 @@ use crate::{
 pub async fn examine(settings: &EngineSettings, socket: &Path) -> Vec<Check> {
     let mut checks = vec![user(settings)];
     checks.extend(tools(settings));
+    checks.push(confinement());
     checks.push(directory("state", &settings.state_directory, "LVP_STATE_DIR"));
     let libvirt = libvirt(settings).await;
     checks.push(cache(settings, libvirt.status == HealthStatus::Healthy).await);
@@ -79,6 +80,21 @@ fn tools(settings: &EngineSettings) -> Vec<Check> {
         let hint = "apt install lvm2 (and look whether /usr/sbin is in PATH)";
         seen("tools", HealthStatus::Unhealthy, format!("missing: {}", missing.join(", ")), Some(hint))
     }]
+}
+
+/// What holds the threads that decode images.
+fn confinement() -> Check {
+    match confine::available().missing() {
+        None => {
+            seen("confinement", HealthStatus::Healthy, "landlock and seccomp hold the threads that decode images", None)
+        }
+        Some(missing) => {
+            let message = format!("this kernel has no {missing} for the threads that decode images");
+            let hint = "use a kernel of 5.13 or newer with landlock in its `lsm=` list and with seccomp; \
+                        until then, provision images that you trust only";
+            seen("confinement", HealthStatus::Degraded, message, Some(hint))
+        }
+    }
 }
 
 fn directory(name: &str, path: &Path, variable: &str) -> Check {

@@ -29,7 +29,7 @@ mod stream;
 mod tests;
 mod verify;
 
-use std::{iter, path::Path, sync::Arc};
+use std::{iter, path::Path, sync::Arc, thread};
 
 use lvp_api::{ErrorCode, ImageFormat};
 
@@ -42,6 +42,7 @@ pub use verify::{content_digest, first_difference};
 
 use crate::{
     error::{Error, Result},
+    host::confine::confine_decoder,
     progress::Progress,
 };
 
@@ -150,7 +151,14 @@ pub fn inspect(bytes: &dyn Bytes, declared: ImageFormat) -> Result<Header> {
 /// image, and the stop of the job.
 pub fn measure(image: &Image, limit: u64, progress: &Progress) -> Result<u64> {
     match (&image.header.layout, image.header.virtual_size) {
-        (Layout::Stream(header), None) => stream::measure(&*image.bytes, *header, limit, progress),
+        // A thread of its own, because it is confined for good.
+        (Layout::Stream(header), None) => thread::scope(|scope| {
+            let measuring = scope.spawn(|| {
+                confine_decoder(&[]);
+                stream::measure(&*image.bytes, *header, limit, progress)
+            });
+            measuring.join().unwrap_or_else(|_| Err(Error::internal("the thread that measured the image panicked")))
+        }),
         (_, size) => size.ok_or_else(|| Error::internal("an image that is no stream has a size")),
     }
 }

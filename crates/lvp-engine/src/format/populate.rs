@@ -134,7 +134,7 @@ pub fn populate(
         progress,
         plan: Mutex::new(Plan::new(image.extents(), end, chunk)),
         content: &content,
-        crew: Crew::new(progress),
+        crew: Crew::new(progress, &open),
     };
     let mut counts = run_workers(&copy, workers)?;
     counts.bytes_left = target.size - end;

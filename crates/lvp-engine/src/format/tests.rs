@@ -2,6 +2,7 @@
 //! memory, and a stop within a second. This file has what those tests share.
 
 mod cancel;
+mod confined;
 mod devices;
 mod differential;
 mod hostile;

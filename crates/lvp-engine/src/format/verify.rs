@@ -18,6 +18,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    host::confine::confine_decoder,
     progress::Progress,
 };
 
@@ -63,6 +64,17 @@ pub fn first_difference(
     progress: &Progress,
 ) -> Result<Option<u64>> {
     let bytes = FileBytes::of_volume(volume, start, end)?;
+    // A thread of its own, because it is confined for good.
+    thread::scope(|scope| {
+        let comparison = scope.spawn(|| {
+            confine_decoder(&[]);
+            compare(image, &bytes, end, progress)
+        });
+        comparison.join().unwrap_or_else(|_| Err(Error::internal("the thread that compared the volume panicked")))
+    })
+}
+
+fn compare(image: &Image, bytes: &FileBytes, end: u64, progress: &Progress) -> Result<Option<u64>> {
     let chunk = CHUNK.max(image.cluster_size());
     let mut plan = Plan::new(image.extents(), end, chunk);
     let (mut decoder, mut wanted, mut found) = (Decoder::new()?, vec![0; chunk as usize], vec![0; chunk as usize]);

@@ -3,5 +3,6 @@
 
 pub mod block;
 pub mod cmd;
+pub mod confine;
 pub mod libvirt;
 pub mod lock;

@@ -1,4 +1,4 @@
-//! The threads of one copy: however one of them ends but well, the others stop.
+//! The threads of one copy, each confined to its work: however one of them ends but well, the others stop.
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},
@@ -8,18 +8,21 @@ use std::{
 use super::Counts;
 use crate::{
     error::{Error, Result},
+    host::{block::OpenTarget, confine::confine_decoder},
     progress::Progress,
 };
 
 /// What the threads of one copy share about going on.
 pub struct Crew<'a> {
     progress: &'a Progress,
+    /// All that the threads may write to.
+    target: &'a OpenTarget,
     stopped: AtomicBool,
 }
 
 impl<'a> Crew<'a> {
-    pub fn new(progress: &'a Progress) -> Self {
-        Self { progress, stopped: AtomicBool::new(false) }
+    pub fn new(progress: &'a Progress, target: &'a OpenTarget) -> Self {
+        Self { progress, target, stopped: AtomicBool::new(false) }
     }
 
     /// Whether no other thread has failed; an error when the job shall stop.
@@ -48,6 +51,7 @@ impl<'a> Crew<'a> {
             }
         }
         let mut guard = StopOthers(Some(&self.stopped));
+        confine_decoder(&self.target.descriptors());
         let done = work()?;
         guard.0 = None;
         Ok(done)

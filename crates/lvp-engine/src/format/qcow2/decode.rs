@@ -67,7 +67,8 @@ impl Decoder {
         self.deflate.deflate_decompress(&self.input, cluster).is_ok_and(|length| length == cluster.len())
     }
 
-    /// Frame after frame until the cluster is full. Every turn reads or writes a byte, or ends.
+    /// Frame after frame until the cluster is full; the last one must end there. Every turn reads or writes a byte, or
+    /// ends.
     fn unzstd(&mut self, cluster: &mut [u8]) -> bool {
         if self.zstd.reset(ResetDirective::SessionOnly).is_err() {
             return false;
@@ -75,12 +76,14 @@ impl Decoder {
         let size = cluster.len();
         let mut output = OutBuffer::around(cluster);
         let mut input = InBuffer::around(&self.input);
+        let mut rest_of_frame = 0;
         while output.pos() < size {
             let before = (input.pos(), output.pos());
-            if self.zstd.decompress_stream(&mut output, &mut input).is_err() || before == (input.pos(), output.pos()) {
-                return false;
+            match self.zstd.decompress_stream(&mut output, &mut input) {
+                Ok(rest) if before != (input.pos(), output.pos()) => rest_of_frame = rest,
+                _ => return false,
             }
         }
-        true
+        rest_of_frame == 0
     }
 }

@@ -27,6 +27,9 @@ const CORRUPT: u64 = 1 << 1;
 const DATA_FILE: u64 = 1 << 2;
 const COMPRESSION_TYPE: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
+/// Autoclear feature: the data file is a raw disk by itself. Only for images that have one (specification, Autoclear
+/// features).
+const RAW_DATA_FILE: u64 = 1 << 1;
 const KNOWN_FEATURES: u64 = DIRTY | CORRUPT | DATA_FILE | COMPRESSION_TYPE | EXTENDED_L2;
 
 /// How compressed clusters are compressed.
@@ -87,6 +90,9 @@ impl Header {
         check_other_files(bytes, &fields)?;
         let features = if version == 2 { 0 } else { fields.u64(72) };
         check_features(bytes, features)?;
+        if version == 3 && fields.u64(88) & RAW_DATA_FILE != 0 {
+            return Err(invalid(bytes, "it says that its data file is raw, and it has none"));
+        }
         // A subcluster is a 32nd of a cluster, and not less than a sector.
         if features & EXTENDED_L2 != 0 && cluster_bits < 14 {
             return Err(invalid(
@@ -291,13 +297,14 @@ fn check_extensions(bytes: &dyn Bytes, from: u64, cluster_size: u64) -> Result<(
     while at + 8 <= end {
         let (kind, length) = (window.u32(at)?, u64::from(window.u32(at + 4)?));
         at += 8;
+        // QEMU holds the length of the end's, too, against what is there.
+        if length > end - at {
+            return Err(invalid(bytes, format!("the header extension {kind:#010x} passes the first cluster")));
+        }
         match kind {
             EXTENSION_END => return Ok(()),
             EXTENSION_DATA_FILE => return Err(refused(bytes, "its data is in another file")),
             EXTENSION_ENCRYPTION => return Err(refused(bytes, "it is encrypted")),
-            _ if length > end.saturating_sub(at) => {
-                return Err(invalid(bytes, format!("the header extension {kind:#010x} passes the first cluster")));
-            }
             _ => at += length.next_multiple_of(8),
         }
     }

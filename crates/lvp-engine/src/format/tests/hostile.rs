@@ -133,6 +133,8 @@ refused! {
     header_longer_than_a_cluster: ImageInvalid, "says to have 65544 bytes", |image| image.u32(100, 65544);
     extension_too_long: ImageInvalid, "passes the first cluster", |image| image.extension(0x1234, CLUSTER as u32);
     extension_of_all_bytes: ImageInvalid, "passes the first cluster", |image| image.extension(0x1234, u32::MAX);
+    extension_that_ends_them_too_long: ImageInvalid, "passes the first cluster", |image| image.extension(0, CLUSTER as u32);
+    raw_data_file_without_data_file: ImageInvalid, "its data file is raw", |image| image.u64(88, 1 << 1);
     refcounts_too_wide: ImageInvalid, "refcounts would be", |image| image.u32(96, 7);
     refcount_table_missing: ImageInvalid, "refcount table has 0", |image| image.u32(56, 0);
     refcount_table_too_large: ImageInvalid, "refcount table has 8454144", |image| image.u32(56, 129);
@@ -295,6 +297,31 @@ fn a_cluster_that_cannot_be_decompressed() {
         let error = crate::format::populate(&image, &target, &super::OPTIONS, &Default::default()).unwrap_err();
         assert_eq!(error.code(), ErrorCode::ImageInvalid);
         assert!(error.to_string().contains("cannot be decompressed"), "{error:?}");
+    }
+}
+
+/// A frame that goes on behind the cluster is no cluster: QEMU refuses it as well.
+#[test]
+fn a_zstd_frame_longer_than_the_cluster() {
+    for frame_goes_on in [false, true] {
+        let mut image = Crafted::new();
+        image.u64(72, 1 << 3);
+        image.u32(100, 112);
+        image.put(104, &[ZSTD]);
+        image.u64(Crafted::L2, Crafted::COMPRESSED | Crafted::DATA);
+        // Magic, a descriptor without size and checksum, a window of 128 KiB, one run of a cluster's bytes; perhaps a
+        // last block of a byte.
+        let run = (CLUSTER as u32) << 3 | 1 << 1 | u32::from(!frame_goes_on);
+        image.put(Crafted::DATA, &[0x28, 0xb5, 0x2f, 0xfd, 0x00, 0x38]);
+        image.put(Crafted::DATA + 6, &run.to_le_bytes()[..3]);
+        image.put(Crafted::DATA + 9, &[0x41, 0x09, 0x00, 0x00, 0x42]);
+        let image = Image::open(Arc::new(Memory(image.0)), ImageFormat::Qcow2).unwrap();
+        let extent = image.extents().next().unwrap().unwrap();
+        let mut decoder = crate::format::Decoder::new().unwrap();
+        let mut cluster = vec![0; CLUSTER as usize];
+        let read = image.read(&extent, &mut decoder, &mut cluster);
+        assert_eq!(read.is_err(), frame_goes_on, "{read:?}");
+        assert!(frame_goes_on || cluster.iter().all(|byte| *byte == 0x41));
     }
 }
 

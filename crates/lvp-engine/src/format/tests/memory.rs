@@ -1,10 +1,10 @@
-//! Memory does not depend on the image: measured in a process of its own, which is this test started again.
+//! Memory does not depend on the image: measured in a process of its own, which is the test started again.
 
 use std::{
     env,
     fs::{self, File},
     os::unix::fs::FileExt,
-    path::Path,
+    path::{Path, PathBuf},
     process::Command,
 };
 
@@ -14,18 +14,17 @@ use lvp_api::ImageFormat;
 use super::{accounted, filled, packed, room, sparse_file};
 use crate::format::Image;
 
-/// Set in the process that is measured: the directory with the image and the target.
+/// Set in the process that is measured: the directory to work in.
 const CHILD: &str = "LVP_TEST_MEMORY";
 const QCOW2: &str = "memory_is_constant_whatever_the_image";
 const LIMIT_KIB: u64 = 64 << 10;
 
 #[test]
 fn memory_is_constant_whatever_the_image() {
-    if let Some(directory) = env::var_os(CHILD) {
-        let directory = Path::new(&directory);
+    if let Some(directory) = directory_of_the_process() {
         let image = Image::open_file(&directory.join("image.qcow2"), ImageFormat::Qcow2).unwrap();
         filled(&image, &directory.join("target.raw"), true);
-        println!("PEAK {}", peak_kib());
+        say_peak();
         return;
     }
     let (directory, image) = room("image.qcow2");
@@ -59,7 +58,7 @@ fn memory_is_constant_whatever_the_stream() {
         let format = format.unwrap();
         let image = Image::open_file(&directory.join(format.name()), format).unwrap();
         accounted(&image, &directory.join("target.raw"), false);
-        println!("PEAK {}", peak_kib());
+        say_peak();
         return;
     }
     let (directory, raw) = room("source.raw");
@@ -107,8 +106,17 @@ fn largest_tables(image: &Path) -> u64 {
 /// Copies the image in a process of its own, which runs this test, and holds its peak against the limit.
 fn assert_peak(test: &str, directory: &Path, size: u64, what: &str) {
     sparse_file(&directory.join("target.raw"), size);
+    in_a_process_of_its_own(&format!("format::tests::memory::{test}"), directory, what);
+}
+
+/// Starts a test again in a process of its own, and holds its peak against the limit. In that process, gives the
+/// directory to work in; it ends with [`say_peak`].
+pub(super) fn in_a_process_of_its_own(test: &str, directory: &Path, what: &str) -> Option<PathBuf> {
+    if let Some(directory) = directory_of_the_process() {
+        return Some(directory);
+    }
     let output = Command::new(env::current_exe().unwrap())
-        .args(["--exact", &format!("format::tests::memory::{test}"), "--nocapture"])
+        .args(["--exact", test, "--nocapture"])
         .env(CHILD, directory)
         .output()
         .unwrap();
@@ -116,11 +124,17 @@ fn assert_peak(test: &str, directory: &Path, size: u64, what: &str) {
     let peak = said.lines().find_map(|line| line.split("PEAK ").nth(1)).unwrap_or_else(|| panic!("{output:?}"));
     let peak: u64 = peak.trim().parse().unwrap();
     println!("{peak} KiB for {what}");
-    assert!(peak < LIMIT_KIB, "{peak} KiB for {what}");
+    assert!(output.status.success() && peak < LIMIT_KIB, "{peak} KiB for {what}: {output:?}");
+    None
 }
 
-fn peak_kib() -> u64 {
+fn directory_of_the_process() -> Option<PathBuf> {
+    env::var_os(CHILD).map(PathBuf::from)
+}
+
+/// Ends the process that is measured.
+pub(super) fn say_peak() {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse().unwrap()
+    println!("PEAK {}", line.trim().trim_end_matches(" kB"));
 }

@@ -6,7 +6,10 @@
 use std::{
     fs::{File, OpenOptions},
     io::{self, Seek, SeekFrom},
-    os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::{FileExt, FileTypeExt, OpenOptionsExt},
+    },
     path::PathBuf,
     sync::atomic::{AtomicU8, Ordering},
     thread,
@@ -108,6 +111,11 @@ impl OpenTarget {
             plain,
             ways_lost: AtomicU8::new(0),
         })
+    }
+
+    /// The descriptors that it writes by: what a thread that writes it must be left with.
+    pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        [Some(&self.plain), self.direct.as_ref()].into_iter().flatten().map(AsFd::as_fd).collect()
     }
 
     /// Writes `bytes`, which lie in an [`AlignedBuffer`](super::AlignedBuffer) at a multiple of [`BLOCK`], at `offset`,
