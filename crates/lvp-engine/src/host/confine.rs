@@ -2,6 +2,7 @@
 //! once the whole host: the thread opens nothing, connects to nothing, starts nothing, and writes to its target only.
 //!
 //! ```text
+//!  signals        go to the other threads: their handlers do what is denied here
 //!  no_new_privs   nothing that the thread starts gains rights
 //!  landlock       no path of any file system, no TCP port, no abstract socket, no signal to other processes
 //!  seccomp        the system calls of the list below; every other one fails with EPERM, so that nothing hangs
@@ -21,6 +22,7 @@ use landlock::{
     ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetError, RulesetStatus, Scope as LandlockScope,
 };
 use libc::c_long;
+use nix::sys::signal::{SigSet, Signal};
 use rustix::io::Errno;
 use seccompiler::{
     BackendError, SeccompAction, SeccompCmpArgLen::Dword, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
@@ -108,6 +110,9 @@ pub fn available() -> Confinement {
 }
 
 fn confine(writable: &[BorrowedFd<'_>]) -> Confinement {
+    if let Err(error) = block_signals() {
+        tracing::debug!(%error, "signals are not blocked");
+    }
     // Landlock first: its calls are not in seccomp's list.
     let landlock = match landlock() {
         Ok(status) => status != RulesetStatus::NotEnforced,
@@ -124,6 +129,15 @@ fn confine(writable: &[BorrowedFd<'_>]) -> Confinement {
         }
     };
     Confinement { landlock, seccomp }
+}
+
+/// Blocks every signal but those of faults, which are the thread's own.
+fn block_signals() -> nix::Result<()> {
+    let mut signals = SigSet::all();
+    for fault in [Signal::SIGSEGV, Signal::SIGBUS, Signal::SIGILL, Signal::SIGFPE, Signal::SIGABRT, Signal::SIGTRAP] {
+        signals.remove(fault);
+    }
+    signals.thread_block()
 }
 
 /// All that the kernel knows is handled, and nothing is granted. Sets no_new_privs.
@@ -276,6 +290,20 @@ mod tests {
         let mut bytes = [1; 8192];
         target.read_exact_at(&mut bytes, 0).unwrap();
         assert!(bytes[..4096] == [0; 4096] && bytes[4096..] == [7; 4096]);
+    }
+
+    /// A signal that a confined thread took would be lost: the handler that tells the daemon of it cannot write.
+    #[test]
+    fn signals_go_to_other_threads() {
+        let blocked = on_a_thread(|| {
+            confine_decoder(&[]);
+            SigSet::thread_get_mask().unwrap()
+        });
+        assert!(
+            [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGALRM].iter().all(|it| blocked.contains(*it))
+        );
+        assert!(!blocked.contains(Signal::SIGSEGV) && !blocked.contains(Signal::SIGABRT));
+        assert!(!SigSet::thread_get_mask().unwrap().contains(Signal::SIGTERM));
     }
 
     #[test]
