@@ -4,8 +4,9 @@
 CARGO := cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 TOOLS := scripts/install-tools
+BENCH := $(CARGO) bench --workspace --locked --features lvp/bench --bench performance
 
-.PHONY: help build build-linux run demo test e2e lint format bench schema clean
+.PHONY: help build build-linux run demo test e2e lint format bench bench-document schema clean
 
 help: ## List the verbs
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -42,9 +43,12 @@ lint: ## Check format, lints and documentation
 format: ## Format the code
 	$(CARGO) fmt --all
 
-bench: ## Measure against qemu-img; prints ratios
-	$(TOOLS) test
-	$(CARGO) bench --workspace --locked --features lvp-engine/bench --bench populate
+bench: ## Measure against curl, sha256sum and qemu-img; prints ratios (BENCH_QUICK=1: fewer cases)
+	$(TOOLS) all
+	$(BENCH)
+
+bench-document: ## Put the numbers of the last `make bench` into docs/reference/performance.md
+	$(BENCH) -- --document
 
 schema: ## Write what is generated from the code and committed: schema/, docs/reference
 	UPDATE=1 $(CARGO) test --workspace --locked --test generated

@@ -1,6 +1,7 @@
 //! An HTTP/1.1 server that misbehaves on demand: what object stores, proxies and web servers do to a download.
 //!
 //! Each path has one [`Page`], which says what is served and what goes wrong; all requests are kept, with their headers.
+//! All connections together can be given a rate, as a link has one.
 //! It runs on its own thread, so it serves tests with and without a runtime. With TLS, its certificate is of an authority
 //! that nobody knows. It leaves out request bodies.
 
@@ -8,7 +9,7 @@ use std::{
     collections::HashMap,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -26,6 +27,10 @@ use tokio_rustls::{
 const HEAD: usize = 64 << 10;
 /// Bytes that are written at once.
 const PIECE: usize = 16 << 10;
+/// The same over a link with a rate: some milliseconds of it, since timers are no finer.
+const PIECE_OF_LINK: usize = 256 << 10;
+/// What a link may catch up after a timer that was late.
+const LATE: Duration = Duration::from_millis(20);
 
 /// What is served at one path. Without any of the methods: 200, ranges, an ETag, and the truth.
 #[derive(Debug, Clone, Default)]
@@ -203,6 +208,27 @@ impl Received {
 struct Site {
     pages: HashMap<String, Page>,
     received: Vec<Received>,
+    link: Option<Arc<Link>>,
+}
+
+/// What all connections share.
+struct Link {
+    bytes_per_second: f64,
+    /// When it has sent all that was given to it.
+    free: Mutex<Instant>,
+}
+
+impl Link {
+    /// Waits until so many bytes have gone through.
+    async fn pass(&self, bytes: usize) {
+        let until = {
+            let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+            let earliest = Instant::now().checked_sub(LATE).unwrap_or(*free);
+            *free = (*free).max(earliest) + Duration::from_secs_f64(bytes as f64 / self.bytes_per_second);
+            *free
+        };
+        tokio::time::sleep_until(until.into()).await;
+    }
 }
 
 /// A running server; it stops when dropped.
@@ -280,6 +306,12 @@ impl Server {
         site(&self.site).pages.insert(path.to_owned(), page);
     }
 
+    /// From now on all connections together get so many bytes of content a second.
+    pub fn limit(&self, bytes_per_second: u64) {
+        let link = Link { bytes_per_second: bytes_per_second as f64, free: Mutex::new(Instant::now()) };
+        site(&self.site).link = Some(Arc::new(link));
+    }
+
     /// Serves nothing there any more.
     pub fn remove(&self, path: &str) {
         site(&self.site).pages.remove(path);
@@ -310,15 +342,16 @@ fn site(site: &Mutex<Site>) -> MutexGuard<'_, Site> {
 
 async fn serve(mut stream: impl AsyncRead + AsyncWrite + Unpin, shared: &Mutex<Site>) -> std::io::Result<()> {
     let Some(request) = read_request(&mut stream).await? else { return Ok(()) };
-    let answer = {
+    let (answer, link) = {
         let mut site = site(shared);
         site.received.push(request.clone());
-        match site.pages.get_mut(request.path()) {
+        let answer = match site.pages.get_mut(request.path()) {
             Some(page) => answer(page, &request),
             None => Answer::status(404, &[]),
-        }
+        };
+        (answer, site.link.clone())
     };
-    answer.send(&mut stream, request.method == "HEAD").await?;
+    answer.send(&mut stream, request.method == "HEAD", link.as_deref()).await?;
     stream.shutdown().await
 }
 
@@ -335,7 +368,7 @@ async fn read_request(stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> std
     let mut lines = head.lines();
     let mut words = lines.next().unwrap_or_default().split(' ');
     let (Some(method), Some(target)) = (words.next(), words.next()) else {
-        Answer::status(400, &[]).send(stream, false).await?;
+        Answer::status(400, &[]).send(stream, false, None).await?;
         return Ok(None);
     };
     let headers = lines
@@ -362,7 +395,12 @@ impl Answer {
         Self { status, headers, body: Bytes::new(), chunked: false, end: None, pace: None }
     }
 
-    async fn send(self, stream: &mut (impl AsyncWrite + Unpin), head_only: bool) -> std::io::Result<()> {
+    async fn send(
+        self,
+        stream: &mut (impl AsyncWrite + Unpin),
+        head_only: bool,
+        link: Option<&Link>,
+    ) -> std::io::Result<()> {
         let mut head = format!("HTTP/1.1 {} Status\r\nconnection: close\r\n", self.status);
         for (name, value) in &self.headers {
             head.push_str(&format!("{name}: {value}\r\n"));
@@ -374,7 +412,11 @@ impl Answer {
         }
         let (limit, stalls) = self.end.unwrap_or((self.body.len(), false));
         let sent = self.body.slice(..limit.min(self.body.len()));
-        for piece in sent.chunks(self.pace.map_or(PIECE, |(bytes, _)| bytes)) {
+        let usual = if link.is_some() { PIECE_OF_LINK } else { PIECE };
+        for piece in sent.chunks(self.pace.map_or(usual, |(bytes, _)| bytes)) {
+            if let Some(link) = link {
+                link.pass(piece.len()).await;
+            }
             if self.chunked {
                 stream.write_all(format!("{:x}\r\n", piece.len()).as_bytes()).await?;
             }

@@ -78,6 +78,12 @@ impl Client {
         self.send(self.request(Method::GET, &["api", "v1", "jobs", &id.to_string()])).await
     }
 
+    /// Follows a job.
+    pub async fn follow(&self, id: JobId) -> Result<Followed> {
+        let request = self.request(Method::GET, &["api", "v1", "jobs", &id.to_string(), "events"]);
+        Ok(Followed { response: self.answered(request).await?, received: Vec::new() })
+    }
+
     /// Jobs, newest first.
     pub async fn jobs(&self, status: Option<JobStatus>, limit: u32) -> Result<JobList> {
         let mut query = vec![("limit", limit.to_string())];
@@ -219,6 +225,42 @@ impl Client {
     }
 }
 
+/// A job as it changes.
+#[derive(Debug)]
+pub struct Followed {
+    response: reqwest::Response,
+    /// What came after the last whole event.
+    received: Vec<u8>,
+}
+
+impl Followed {
+    /// The job, when it has changed; `None` when nothing more comes: it has ended, or the daemon has. It may be dropped
+    /// while it waits and loses nothing.
+    pub async fn next(&mut self) -> Option<Job> {
+        loop {
+            if let Some(job) = take_event(&mut self.received) {
+                return Some(job);
+            }
+            // Why the connection broke says the next request.
+            let chunk = self.response.chunk().await.ok().flatten()?;
+            self.received.extend_from_slice(&chunk);
+        }
+    }
+}
+
+/// The first event that carries a job, taken from the begin of a stream of them (HTML standard, section 9.2).
+fn take_event(received: &mut Vec<u8>) -> Option<Job> {
+    loop {
+        let end = received.windows(2).position(|two| two == b"\n\n")? + 2;
+        let event: Vec<u8> = received.drain(..end).collect();
+        let mut lines = event.split(|byte| *byte == b'\n');
+        // What has no data, such as a comment that keeps the connection alive, is none of ours.
+        if let Some(job) = lines.find_map(|line| serde_json::from_slice(line.strip_prefix(b"data: ")?).ok()) {
+            return Some(job);
+        }
+    }
+}
+
 fn target_query(target: Option<&str>) -> Vec<(&'static str, String)> {
     target.map(|target| ("target", target.to_owned())).into_iter().collect()
 }
@@ -233,4 +275,35 @@ fn own_error(code: ErrorCode, message: String) -> Box<ErrorBody> {
         correlation_id: None,
         details: serde_json::Map::new(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Progress;
+
+    #[test]
+    fn events_are_read_however_they_are_cut() {
+        let job = |status: &str| {
+            serde_json::json!({
+                "job_id": "00000000-0000-0000-0000-000000000000", "kind": "provision", "status": status,
+                "progress": Progress::queued(), "image_url": "s3://images/a.qcow2",
+                "created_at": "2026-01-01T00:00:00Z", "updated_at": "2026-01-01T00:00:00Z",
+            })
+        };
+        let stream = format!(
+            ": alive\n\nevent: progress\ndata: {}\n\nevent: completed\ndata: {}\n\n",
+            job("running"),
+            job("completed")
+        );
+        for piece in [1, 7, 100, stream.len()] {
+            let (mut received, mut found) = (Vec::new(), Vec::new());
+            for bytes in stream.as_bytes().chunks(piece) {
+                received.extend_from_slice(bytes);
+                found.extend(std::iter::from_fn(|| take_event(&mut received)).map(|job| job.status));
+            }
+            assert_eq!(found, [JobStatus::Running, JobStatus::Completed], "in pieces of {piece}");
+            assert!(received.is_empty());
+        }
+    }
 }

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!  row 4   engine doctor             Engine: the only door for front ends; the examination of a host
-//!  row 3   settings health           what it is told, what it tells of itself
+//!  row 3   settings health bench     what it is told, what it tells of itself; what benchmarks measure beside it
 //!  row 2   provision                 the use case as a list of steps: where the siblings below meet
 //!  row 1   image format volume job   sources and cache · readers and copy · backends · queue, runner, store
 //!  row 0   watermark                 how far a file is good
@@ -13,6 +13,8 @@
 //! ```
 //! It leaves out HTTP servers, command lines and configuration files.
 
+#[cfg(feature = "bench")]
+pub mod bench;
 mod db;
 pub mod doctor;
 mod engine;
@@ -25,7 +27,7 @@ mod settings;
 mod task;
 mod volume;
 
-// The copy engine is open to `benches/` only.
+// The copy engine is open to benchmarks only.
 #[cfg(not(feature = "bench"))]
 mod error;
 #[cfg(feature = "bench")]

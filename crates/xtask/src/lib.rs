@@ -8,3 +8,4 @@ pub mod cache;
 pub mod machine;
 pub mod minio;
 pub mod process;
+pub mod roots;

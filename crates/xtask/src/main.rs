@@ -3,13 +3,14 @@
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
-use xtask::{cache, machine::Machine, minio};
+use xtask::{cache, machine::Machine, minio, roots};
 
 const USAGE: &str = "\
 usage: cargo xtask TASK
   bed build     build the LVM test machine if its inputs changed, and print where it is
   bed shell     boot the test machine and open a shell in it; its disks are gone afterwards
   minio build   build MinIO if its version changed, and print where it is
+  roots build   build the Debian roots that benchmarks copy, and print where they are
   cache         print where built things are kept (TEST_BED_CACHE sets it)";
 
 fn main() -> ExitCode {
@@ -28,6 +29,11 @@ fn perform(arguments: &[&str]) -> Result<()> {
         ["bed", "build"] => println!("{}", Machine::ensure()?.directory().display()),
         ["bed", "shell"] => shell()?,
         ["minio", "build"] => println!("{}", minio::ensure()?.join("minio").display()),
+        ["roots", "build"] => {
+            for root in [roots::SMALL, roots::LARGE] {
+                println!("{}", roots::ensure(root)?.path(roots::Kind::Raw).display());
+            }
+        }
         ["cache"] => println!("{}", cache::root()?.display()),
         _ => bail!("no such task\n{USAGE}"),
     }

@@ -38,6 +38,11 @@ pub use self::{
     verification::{valid_receipt, verify_volume},
     view::{view_job, view_volume},
 };
+#[cfg(feature = "bench")]
+pub use self::{
+    plan::{examine, resolve},
+    transfer::{Transfer, Transferred},
+};
 use crate::job::Step;
 
 macro_rules! step {

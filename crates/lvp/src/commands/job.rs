@@ -12,8 +12,8 @@ use crate::{
     progress_bar::ProgressDisplay,
 };
 
-/// A followed job is looked at this often.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// After its events broke off, a job is followed again after this long.
+const FOLLOW_AGAIN: Duration = Duration::from_millis(200);
 
 /// Runs the command.
 pub async fn run(connection: &Connection, command: cli::Job, output: Output) -> Outcome {
@@ -51,29 +51,39 @@ pub async fn follow_or_print(connection: &Connection, submitted: Submitted, deta
 /// Shows a job's progress until it has ended. Ctrl-C cancels the job where `may_cancel` (a second one leaves it to the
 /// daemon), and only ends the watching where not.
 async fn watch(connection: &Connection, id: JobId, output: Output, may_cancel: bool) -> Result<Job, Box<ErrorBody>> {
+    let client = &connection.client;
     let mut display = ProgressDisplay::new(output != Output::Table);
+    let mut followed = client.follow(id).await?;
     let mut cancelled = false;
     loop {
-        let job = connection.client.job(id).await?;
-        display.show(&job);
-        if job.status.is_terminal() {
-            return Ok(job);
-        }
-        if connection.is_local() && !may_cancel {
-            display.finish();
-            return Err(not_under_way(&job));
-        }
         tokio::select! {
-            () = tokio::time::sleep(LOOK_EVERY) => {}
+            job = followed.next() => {
+                let job = match job {
+                    Some(job) => job,
+                    None => {
+                        tokio::time::sleep(FOLLOW_AGAIN).await;
+                        followed = client.follow(id).await?;
+                        continue;
+                    }
+                };
+                display.show(&job);
+                if job.status.is_terminal() {
+                    return Ok(job);
+                }
+                if connection.is_local() && !may_cancel {
+                    display.finish();
+                    return Err(not_under_way(&job));
+                }
+            }
             _ = tokio::signal::ctrl_c() => {
                 display.finish();
                 if !may_cancel || cancelled {
-                    return Ok(job);
+                    return client.job(id).await;
                 }
                 eprintln!("cancelling; what the job did is taken back");
                 cancelled = true;
                 // It may have ended by itself in this moment; then the next look says so.
-                let _ = connection.client.cancel(id).await;
+                let _ = client.cancel(id).await;
             }
         }
     }
