@@ -3,13 +3,15 @@
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
-use xtask::{cache, machine::Machine, minio};
+use xtask::{cache, cargo_fuzz, machine::Machine, minio};
 
 const USAGE: &str = "\
 usage: cargo xtask TASK
   bed build     build the LVM test machine if its inputs changed, and print where it is
   bed shell     boot the test machine and open a shell in it; its disks are gone afterwards
   minio build   build MinIO if its version changed, and print where it is
+  cargo-fuzz build
+                build cargo-fuzz if its version changed, and print the directory of its program
   cache         print where built things are kept (TEST_BED_CACHE sets it)";
 
 fn main() -> ExitCode {
@@ -28,6 +30,7 @@ fn perform(arguments: &[&str]) -> Result<()> {
         ["bed", "build"] => println!("{}", Machine::ensure()?.directory().display()),
         ["bed", "shell"] => shell()?,
         ["minio", "build"] => println!("{}", minio::ensure()?.join("minio").display()),
+        ["cargo-fuzz", "build"] => println!("{}", cargo_fuzz::ensure()?.join("bin").display()),
         ["cache"] => println!("{}", cache::root()?.display()),
         _ => bail!("no such task\n{USAGE}"),
     }
