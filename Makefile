@@ -6,7 +6,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 TOOLS := scripts/install-tools
 BENCH := $(CARGO) bench --workspace --locked --features lvp/bench --bench performance
 
-.PHONY: help build build-linux run demo test e2e lint format bench bench-document schema clean
+.PHONY: help build build-linux run demo test e2e lint format fuzz-smoke fuzz bench bench-document schema clean
 
 help: ## List the verbs
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -38,10 +38,20 @@ e2e: build ## Run the scenarios on real LVM, libvirt and MinIO, in a virtual mac
 lint: ## Check format, lints and documentation
 	$(TOOLS) build
 	$(CARGO) fmt --all --check
+	$(CARGO) fmt --manifest-path fuzz/Cargo.toml --check
 	$(CARGO) clippy --workspace --all-targets --all-features --locked --quiet -- -D warnings
 
 format: ## Format the code
 	$(CARGO) fmt --all
+	$(CARGO) fmt --manifest-path fuzz/Cargo.toml
+
+fuzz-smoke: ## Fuzz every target for some seconds, always with the same inputs
+	$(TOOLS) build
+	scripts/fuzz smoke
+
+fuzz: ## Fuzz every target for FUZZ_SECONDS (600) each, and hold changed images against qemu-img
+	$(TOOLS) fuzz
+	scripts/fuzz long
 
 bench: ## Measure against curl, sha256sum and qemu-img; prints ratios (BENCH_QUICK=1: fewer cases)
 	$(TOOLS) all

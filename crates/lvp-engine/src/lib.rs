@@ -51,6 +51,8 @@ pub mod watermark;
 
 pub use engine::Engine;
 pub use error::{Error, Result};
+#[cfg(feature = "fuzz")]
+pub use image::parsers;
 pub use metrics::describe as describe_metrics;
 pub use settings::{
     Caller, Credentials, EngineSettings, LibvirtSetting, LockRetry, Recovery, Secret, SourceSettings, TargetSettings,

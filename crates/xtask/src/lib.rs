@@ -5,6 +5,7 @@
 
 pub mod boot;
 pub mod cache;
+pub mod cargo_fuzz;
 pub mod machine;
 pub mod minio;
 pub mod process;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
-use xtask::{cache, machine::Machine, minio, roots};
+use xtask::{cache, cargo_fuzz, machine::Machine, minio, roots};
 
 const USAGE: &str = "\
 usage: cargo xtask TASK
@@ -11,6 +11,8 @@ usage: cargo xtask TASK
   bed shell     boot the test machine and open a shell in it; its disks are gone afterwards
   minio build   build MinIO if its version changed, and print where it is
   roots build   build the Debian roots that benchmarks copy, and print where they are
+  cargo-fuzz build
+                build cargo-fuzz if its version changed, and print the directory of its program
   cache         print where built things are kept (TEST_BED_CACHE sets it)";
 
 fn main() -> ExitCode {
@@ -34,6 +36,7 @@ fn perform(arguments: &[&str]) -> Result<()> {
                 println!("{}", roots::ensure(root)?.path(roots::Kind::Raw).display());
             }
         }
+        ["cargo-fuzz", "build"] => println!("{}", cargo_fuzz::ensure()?.join("bin").display()),
         ["cache"] => println!("{}", cache::root()?.display()),
         _ => bail!("no such task\n{USAGE}"),
     }

@@ -31,6 +31,8 @@ mod images;
 mod index;
 mod location;
 mod pace;
+#[cfg(feature = "fuzz")]
+pub mod parsers;
 mod partial;
 mod pieces;
 mod probe;

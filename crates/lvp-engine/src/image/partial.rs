@@ -44,6 +44,16 @@ impl Origin {
         Some(Self { identity, etag, size: info.size?, boot })
     }
 
+    /// Reads its text.
+    pub fn parse(text: &[u8]) -> io::Result<Self> {
+        Ok(serde_json::from_slice(text)?)
+    }
+
+    /// Its text.
+    pub fn to_json(&self) -> io::Result<Vec<u8>> {
+        Ok(serde_json::to_vec(self)?)
+    }
+
     /// Whether bytes of this origin may be continued with those of another. `checked`: a digest decides in the end.
     fn continues(&self, now: &Self, checked: bool) -> bool {
         let same = (&self.identity, &self.etag, self.size) == (&now.identity, &now.etag, now.size);
@@ -91,8 +101,8 @@ impl Partial {
 
     fn write_origin(&self, origin: &Origin) -> Result<()> {
         let path = origin_path(&self.path);
-        let text = serde_json::to_vec(origin).expect("an origin is JSON");
-        std::fs::write(&path, text).map_err(|error| Error::io("writing", &path, error))
+        let written = origin.to_json().and_then(|text| std::fs::write(&path, text));
+        written.map_err(|error| Error::io("writing", &path, error))
     }
 }
 
@@ -116,7 +126,7 @@ pub(super) fn discard(path: &Path) {
 }
 
 fn read_origin(path: &Path) -> Option<Origin> {
-    serde_json::from_slice(&std::fs::read(origin_path(path)).ok()?).ok()
+    Origin::parse(&std::fs::read(origin_path(path)).ok()?).ok()
 }
 
 fn origin_path(path: &Path) -> PathBuf {

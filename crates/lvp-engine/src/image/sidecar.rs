@@ -132,7 +132,12 @@ impl Sidecar {
 
     /// Reads a sidecar. Blocks.
     pub fn read(path: &Path) -> io::Result<Self> {
-        let sidecar: Self = serde_json::from_slice(&std::fs::read(path)?)?;
+        Self::parse(&std::fs::read(path)?)
+    }
+
+    /// Reads a sidecar's text.
+    pub fn parse(text: &[u8]) -> io::Result<Self> {
+        let sidecar: Self = serde_json::from_slice(text)?;
         if sidecar.version == VERSION {
             Ok(sidecar)
         } else {
@@ -144,9 +149,14 @@ impl Sidecar {
     pub fn write(&self, path: &Path) -> io::Result<()> {
         let temporary = path.with_extension("json.new");
         let mut file = File::create(&temporary)?;
-        file.write_all(&serde_json::to_vec_pretty(self)?)?;
+        file.write_all(&self.to_json()?)?;
         file.sync_all()?;
         std::fs::rename(&temporary, path)
+    }
+
+    /// The text of the sidecar.
+    pub fn to_json(&self) -> io::Result<Vec<u8>> {
+        Ok(serde_json::to_vec_pretty(self)?)
     }
 }
 
