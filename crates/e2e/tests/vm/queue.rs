@@ -11,8 +11,8 @@ pub const SCENARIOS: &[Scenario] = &[
     ("jobs_on_one_volume_run_one_after_the_other", jobs_on_one_volume_run_one_after_the_other),
 ];
 
-/// Slow enough that jobs on the large image overlap.
-const SLOW: u64 = 24 << 20;
+/// Slow enough that jobs on the large image overlap, although the first of them writes while it still downloads.
+const SLOW: u64 = 4 << 20;
 
 fn two_jobs_run_and_a_third_waits(world: &World) -> Result<()> {
     let published = world.publish(&world.large)?;
