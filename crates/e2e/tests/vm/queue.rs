@@ -25,8 +25,9 @@ fn two_jobs_run_and_a_third_waits(world: &World) -> Result<()> {
     for volume in volumes {
         ids.push(daemon.provision(&published.onto(volume, "96M"))?);
     }
-    daemon.populating(&ids[0])?;
-    daemon.populating(&ids[1])?;
+    for id in &ids[..2] {
+        daemon.job_when(id, JOB, |job| job["status"] == "running")?;
+    }
     let third = daemon.job(&ids[2])?;
     ensure!(third["status"] == "pending" && third["progress"]["stage"] == "queued", "{third:#}");
     let health = daemon.get("/health")?.json()?;
