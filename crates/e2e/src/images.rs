@@ -251,14 +251,14 @@ pub struct MountedFileSystem {
 }
 
 impl MountedFileSystem {
-    /// Makes one of 512 MiB, sparse, by this command (`mkfs.xfs -q -m reflink=1`), and mounts it.
+    /// Makes one of so many bytes, sparse, by this command (`mkfs.xfs -q -m reflink=1`), and mounts it.
     ///
     /// # Errors
     /// When the program is missing, the kernel has no such file system, or without root.
-    pub fn make(command: &[&str]) -> Result<Self> {
+    pub fn make(size: u64, command: &[&str]) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let (image, path) = (directory.path().join("image"), directory.path().join("mounted"));
-        File::create(&image)?.set_len(512 << 20)?;
+        File::create(&image)?.set_len(size)?;
         fs::create_dir(&path)?;
         let (program, options) = command.split_first().context("no command")?;
         let arguments: Vec<&OsStr> = options.iter().map(OsStr::new).chain([image.as_os_str()]).collect();

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::Digest;
+use crate::{ByteSize, Digest};
 
 /// The format of an image file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
@@ -139,6 +139,11 @@ pub struct PrefetchRequest {
     /// Returned in the job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub correlation_id: Option<String>,
+    /// Bytes a second that the job may fetch at most; or text with a unit such as
+    /// `100M`. An image that is fetched for several jobs comes at the rate of the one that asked first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub limit_rate: Option<ByteSize>,
 }
 
 /// Pins or unpins an image.

@@ -37,6 +37,11 @@ pub struct ProvisionRequest {
     /// The configured target to provision to; without it, the default one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target: Option<String>,
+    /// Bytes a second that the job may fetch at most, and as many that it may write; or text with a unit such as
+    /// `100M`. An image that is fetched for several jobs comes at the rate of the one that asked first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub limit_rate: Option<ByteSize>,
     /// Only answer what would be done.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub dry_run: bool,

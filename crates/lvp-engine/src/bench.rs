@@ -12,6 +12,7 @@ use crate::{
     format::{self, PopulateOptions, Populated},
     host::block::BlockTarget,
     image::{ImageSettings, Images, SourceSettings},
+    limit::Limits,
     progress::Progress,
     provision::{self, Order, Services, Transfer, Transferred},
     volume::{LockRetry, Targets},
@@ -51,6 +52,8 @@ pub async fn to_device(wanted: ToDevice) -> Result<Populated> {
         libvirt: None,
         base_locks: provision::BaseLocks::default(),
         workers: options.workers,
+        limits: Limits::default(),
+        io_priority: options.io_priority,
     };
     let order = Order {
         image_shown: url.clone(),
@@ -59,6 +62,7 @@ pub async fn to_device(wanted: ToDevice) -> Result<Populated> {
         image_type: format,
         checksum: Some(checksum),
         correlation_id: None,
+        limit_rate: None,
         volume: None,
     };
     let progress = Progress::default();

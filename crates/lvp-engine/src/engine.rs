@@ -24,6 +24,7 @@ use crate::{
     },
     image::{ImageSettings, Images},
     job::{Execution, Filter, NewJob, Runner, Store},
+    limit::Limits,
     progress::{Progress, Stop},
     provision::{self, Context, Order, Services},
     settings::{Caller, EngineSettings, LIBVIRT_URI, LibvirtSetting, POOL},
@@ -86,6 +87,8 @@ impl Engine {
             libvirt,
             base_locks: provision::BaseLocks::default(),
             workers: settings.workers,
+            limits: Limits::new(settings.download_limit, settings.write_limit),
+            io_priority: settings.io_priority,
         });
         let for_jobs = Arc::clone(&services);
         let execution = Execution {

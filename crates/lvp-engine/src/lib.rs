@@ -7,9 +7,9 @@
 //!  row 3   settings health bench     what it is told, what it tells of itself; what benchmarks measure beside it
 //!  row 2   provision                 the use case as a list of steps: where the siblings below meet
 //!  row 1   image format volume job   sources and cache · readers and copy · backends · queue, runner, store
-//!  row 0   watermark                 how far a file is good
+//!  row 0   watermark zero            how far a file is good; whether bytes are zero
 //!  row 0   host db progress metrics task
-//!  row 0   error
+//!  row 0   error limit               what went wrong; how fast work may go
 //! ```
 //! It leaves out HTTP servers, command lines and configuration files.
 
@@ -21,11 +21,13 @@ mod engine;
 mod health;
 mod image;
 mod job;
+mod limit;
 mod metrics;
 mod provision;
 mod settings;
 mod task;
 mod volume;
+mod zero;
 
 // The copy engine is open to benchmarks only.
 #[cfg(not(feature = "bench"))]
@@ -55,6 +57,6 @@ pub use error::{Error, Result};
 pub use image::parsers;
 pub use metrics::describe as describe_metrics;
 pub use settings::{
-    Caller, Credentials, EngineSettings, LibvirtSetting, LockRetry, Recovery, Secret, SourceSettings, TargetSettings,
-    parse_endpoint,
+    Caller, Credentials, EngineSettings, IoPriority, LEAST_RATE, LibvirtSetting, LockRetry, Recovery, Secret,
+    SourceSettings, TargetSettings, parse_endpoint,
 };

@@ -1,4 +1,4 @@
-//! How far a job is, and whether it shall stop: one handle shared by the job's task, its worker threads and its watchers.
+//! How far a job is, how fast it may go, and whether it shall stop: one handle shared by the job's task, its worker threads and its watchers.
 //!
 //! Workers call [`Progress::advance`] (one atomic addition) and [`Progress::check`]; watchers call
 //! [`Progress::snapshot`], which does all the arithmetic. It leaves out storing and sending.
@@ -9,18 +9,25 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU8, AtomicU64, Ordering},
     },
+    thread,
     time::{Duration, Instant},
 };
 
 use lvp_api::{ErrorCode, Stage, StageTime};
+use tokio::time;
 use tokio_util::sync::CancellationToken;
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    limit::Limits,
+};
 
 /// The rate is measured over this long.
 const RATE_WINDOW: Duration = Duration::from_secs(5);
 /// Two samples of the rate are at least this far apart.
 const SAMPLE_DISTANCE: Duration = Duration::from_millis(200);
+/// A thread that waits looks this often whether to stop.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// Why a job is told to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +43,7 @@ pub enum Stop {
 pub struct Progress {
     counts: Arc<Counts>,
     stopping: Arc<Stopping>,
+    limits: Limits,
 }
 
 #[derive(Default)]
@@ -90,7 +98,13 @@ impl Progress {
     /// shown until [`show`](Self::show).
     #[must_use]
     pub fn beside(&self) -> Self {
-        Self { counts: Arc::default(), stopping: self.stopping.clone() }
+        Self { counts: Arc::default(), ..self.clone() }
+    }
+
+    /// The same progress, of work that keeps these limits.
+    #[must_use]
+    pub fn limited(self, limits: Limits) -> Self {
+        Self { limits, ..self }
     }
 
     /// Shows another piece of work's counts as the job's own, until the next stage begins.
@@ -164,6 +178,29 @@ impl Progress {
             () = self.stopped() => Err(self.check().expect_err("stopped")),
             value = future => Ok(value),
         }
+    }
+
+    /// Waits as long as the limits want after so many bytes came over the network.
+    pub async fn pace_download(&self, bytes: u64) {
+        let wait = self.limits.after_download(bytes);
+        if !wait.is_zero() {
+            time::sleep(wait).await;
+        }
+    }
+
+    /// Keeps the thread as long as the limits want before so many bytes are written to a volume.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check), soon after the job is told to stop.
+    pub fn pace_write(&self, bytes: u64) -> Result<()> {
+        let mut left = self.limits.before_write(bytes);
+        while !left.is_zero() {
+            self.check()?;
+            let step = left.min(LOOK);
+            thread::sleep(step);
+            left -= step;
+        }
+        self.check()
     }
 
     /// How long each stage has been shown so far.

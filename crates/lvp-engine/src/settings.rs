@@ -4,11 +4,16 @@
 use std::{collections::BTreeMap, path::PathBuf};
 
 pub use crate::{
+    host::priority::IoPriority,
     image::{Credentials, Secret, SourceSettings, parse_endpoint},
     job::Recovery,
     volume::{LockRetry, TargetSettings},
 };
 
+use crate::limit::RateLimit;
+
+/// The lowest limit of a rate, in bytes a second.
+pub const LEAST_RATE: u64 = RateLimit::LEAST;
 /// libvirt's pool that holds the cache, as the seed named it.
 pub const POOL: &str = "images";
 /// libvirt, where nobody says another one.
@@ -57,6 +62,12 @@ pub struct EngineSettings {
     pub max_concurrent_jobs: usize,
     /// Threads that decode and write, for one job.
     pub workers: usize,
+    /// Bytes a second that all jobs together may fetch over the network, at least [`LEAST_RATE`]; `None`: no limit.
+    pub download_limit: Option<u64>,
+    /// Bytes a second that all jobs together may write to volumes, likewise.
+    pub write_limit: Option<u64>,
+    /// How urgent the copying of volumes is to the I/O scheduler.
+    pub io_priority: IoPriority,
     /// Ended jobs that are remembered.
     pub job_history: u32,
     /// What to do with jobs that an earlier process left.

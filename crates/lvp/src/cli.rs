@@ -112,6 +112,9 @@ pub struct Provision {
     /// An id of yours, to find the job again in logs
     #[arg(long, value_name = "ID")]
     pub correlation_id: Option<String>,
+    /// Fetch at most this many bytes a second, and write as many, such as 100M
+    #[arg(long, value_name = "RATE", value_parser = parse::<ByteSize>)]
+    pub limit_rate: Option<ByteSize>,
     /// Only say what would be done
     #[arg(long)]
     pub dry_run: bool,
@@ -189,6 +192,9 @@ pub enum Image {
         /// The image's digest, sha256:… or sha512:…
         #[arg(long, value_parser = parse::<Digest>)]
         checksum: Option<Digest>,
+        /// Fetch at most this many bytes a second, such as 100M
+        #[arg(long, value_name = "RATE", value_parser = parse::<ByteSize>)]
+        limit_rate: Option<ByteSize>,
         /// Do not wait: print the job's id
         #[arg(long)]
         detach: bool,

@@ -10,6 +10,8 @@ use std::{
 
 use lvp_api::ContentDigest;
 
+pub use crate::zero::is_zero;
+
 /// The digest of one piece that is not all zero, and its number.
 pub type Leaf = (u64, blake3::Hash);
 
@@ -65,12 +67,6 @@ fn hash(piece: &[u8]) -> blake3::Hash {
     hasher.update(piece);
     hasher.update(&vec![0; PIECE - piece.len()]);
     hasher.finalize()
-}
-
-/// Whether all bytes are zero; in steps that the compiler makes wide instructions of.
-pub fn is_zero(bytes: &[u8]) -> bool {
-    let (steps, rest) = bytes.as_chunks::<64>();
-    steps.iter().all(|step| step.iter().fold(0, |all, byte| all | byte) == 0) && rest.iter().all(|byte| *byte == 0)
 }
 
 #[cfg(test)]

@@ -25,11 +25,17 @@ use lvp_api::{ImageFormat, ZeroPolicy};
 pub use stream::packed;
 
 use super::{Bytes, FileBytes, GrowingBytes, Image, PopulateOptions, inspect, populate, populate::Counts, sync};
-use crate::{error::Result, host::block::BlockTarget, progress::Progress, watermark::Watermark};
+use crate::{
+    error::Result,
+    host::{block::BlockTarget, priority::IoPriority},
+    progress::Progress,
+    watermark::Watermark,
+};
 
 /// What a used volume has in it before.
 const OLD: u8 = 0xaa;
-const OPTIONS: PopulateOptions = PopulateOptions { workers: 2, zero: ZeroPolicy::Full };
+const OPTIONS: PopulateOptions =
+    PopulateOptions { workers: 2, zero: ZeroPolicy::Full, io_priority: IoPriority::Normal };
 
 /// An image in memory.
 pub struct Memory(pub Vec<u8>);

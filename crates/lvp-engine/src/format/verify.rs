@@ -182,7 +182,12 @@ mod tests {
                 let volume = directory.path().join("volume.raw");
                 fs::File::create(&volume).unwrap().set_len(size).unwrap();
                 let target = BlockTarget { path: volume.clone(), offset: 0, size, reads_zero };
-                let done = populate(&image, &target, &PopulateOptions { workers: 2, zero }, &Progress::default());
+                let done = populate(
+                    &image,
+                    &target,
+                    &PopulateOptions { workers: 2, zero, ..PopulateOptions::default() },
+                    &Progress::default(),
+                );
                 let done = done.unwrap();
                 let end = size - done.counts.bytes_left;
                 assert_eq!(content_digest(&volume, 0, end, 2, &Progress::default()).unwrap(), done.content);

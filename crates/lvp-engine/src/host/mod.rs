@@ -6,3 +6,4 @@ pub mod cmd;
 pub mod confine;
 pub mod libvirt;
 pub mod lock;
+pub mod priority;

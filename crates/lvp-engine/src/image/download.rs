@@ -194,7 +194,7 @@ impl Download<'_> {
         if let Some(total) = transfer.total.or(at.total) {
             self.announce(at, total).await?;
         }
-        while let Some(chunk) = transfer.next().await? {
+        while let Some(chunk) = transfer.next(self.progress).await? {
             self.take(writer, at, chunk).await?;
         }
         match at.total {

@@ -5,7 +5,7 @@
 //!   piece 1 ──chunks──► kept          each is tried again by itself, from where it broke off
 //!   piece 2 ──chunks──► kept          as many under way as make it faster
 //! ```
-//! Memory is bounded by the pieces under way. It leaves out servers without ranges, and what the bytes are for.
+//! Memory is bounded by the window of the pieces under way. It leaves out servers without ranges, and what the bytes are for.
 
 use std::{
     collections::VecDeque,
@@ -21,8 +21,10 @@ use super::{
 };
 use crate::{error::Error, progress::Progress};
 
-/// Bytes of a piece: so many that the wait for an answer counts little, so few that some of them are kept easily.
+/// Bytes of a piece at most: so many that the wait for an answer counts little.
 const PIECE: u64 = 4 << 20;
+/// Bytes of all pieces under way at most: they are kept, but for the first one's.
+const WINDOW: u64 = 12 << 20;
 /// Pieces under way: one is read while the next is asked for, and no more than memory allows.
 const FEWEST: usize = 2;
 const MOST: usize = 6;
@@ -90,7 +92,7 @@ impl Pieces {
     }
 
     fn begin_piece(&mut self) {
-        let end = (self.next + PIECE).min(self.size);
+        let end = (self.next + self.width.piece()).min(self.size);
         let (chunks, given) = mpsc::unbounded_channel();
         let piece = Piece {
             source: self.source.clone(),
@@ -147,7 +149,7 @@ impl Piece {
             return Ok(false);
         }
         while self.at < self.end {
-            let Some(chunk) = transfer.next().await? else {
+            let Some(chunk) = transfer.next(&self.progress).await? else {
                 return Err(Failure::soon(self.source.too_short(self.at)));
             };
             let end = self.at + chunk.len() as u64;
@@ -155,7 +157,9 @@ impl Piece {
                 return Err(Failure::never(self.source.too_long(self.end)));
             }
             self.at = end;
-            if self.chunks.send(Ok(chunk)).is_err() {
+            // A chunk is a part of the client's buffer, which is larger than what came: kept as it is, it would keep more
+            // memory than it has bytes, and the client would have to take a new buffer for the next.
+            if self.chunks.send(Ok(Bytes::copy_from_slice(&chunk))).is_err() {
                 return Ok(true);
             }
         }
@@ -178,6 +182,11 @@ struct Width {
 impl Width {
     fn new(now: Instant) -> Self {
         Self { now: FEWEST, settled: false, pieces: 0, since: now, bytes: 0, waited: Duration::ZERO, before: 0.0 }
+    }
+
+    /// Bytes of the next piece.
+    fn piece(&self) -> u64 {
+        PIECE.min(WINDOW / self.now as u64)
     }
 
     fn end_piece(&mut self, now: Instant) {
@@ -210,9 +219,9 @@ mod tests {
         let mut now = Instant::now();
         let mut width = Width::new(now);
         for _ in 0..rounds * ROUND {
-            let took = Duration::from_secs_f64(PIECE as f64 / rate(width.now));
+            let took = Duration::from_secs_f64(width.piece() as f64 / rate(width.now));
             now += took;
-            width.bytes += PIECE;
+            width.bytes += width.piece();
             width.waited += if waits { took } else { Duration::ZERO };
             width.end_piece(now);
         }

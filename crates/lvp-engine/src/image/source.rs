@@ -140,10 +140,16 @@ impl Source {
             })
             .await;
         }
-        self.repeat(progress, move || self.range_once(info, offset, length)).await
+        self.repeat(progress, move || self.range_once(info, offset, length, progress)).await
     }
 
-    async fn range_once(&self, info: &SourceInfo, offset: u64, length: usize) -> Result<Bytes, Failure> {
+    async fn range_once(
+        &self,
+        info: &SourceInfo,
+        offset: u64,
+        length: usize,
+        progress: &Progress,
+    ) -> Result<Bytes, Failure> {
         let answer = self.web().get(info, offset, Some(length as u64)).await?;
         // A server without ranges sends the whole: what comes before is thrown away, what comes after is not read.
         let mut skip = offset - answer.from;
@@ -160,7 +166,7 @@ impl Source {
         let mut transfer = Transfer::web(answer, &self.url, self.settings().stall_timeout);
         let mut bytes = BytesMut::with_capacity(length);
         while bytes.len() < length {
-            let Some(mut chunk) = transfer.next().await? else {
+            let Some(mut chunk) = transfer.next(progress).await? else {
                 return Err(Failure::soon(self.too_short(offset + bytes.len() as u64)));
             };
             let dropped = skip.min(chunk.len() as u64);
@@ -190,7 +196,7 @@ impl Source {
     pub async fn read_small(&self, limit: usize, progress: &Progress) -> Result<Option<Small>> {
         let read = match self.path() {
             Some(path) => blocking(move || read_small_file(&path, limit)).await,
-            None => self.repeat(progress, move || self.small_once(limit)).await,
+            None => self.repeat(progress, move || self.small_once(limit, progress)).await,
         };
         match read {
             Err(error) if error.code() == ErrorCode::SourceNotFound => Ok(None),
@@ -198,11 +204,11 @@ impl Source {
         }
     }
 
-    async fn small_once(&self, limit: usize) -> Result<Small, Failure> {
+    async fn small_once(&self, limit: usize, progress: &Progress) -> Result<Small, Failure> {
         let answer = self.web().get(&SourceInfo::default(), 0, None).await?;
         let mut transfer = Transfer::web(answer, &self.url, self.settings().stall_timeout);
         let mut bytes = BytesMut::new();
-        while let Some(chunk) = transfer.next().await? {
+        while let Some(chunk) = transfer.next(progress).await? {
             if bytes.len() + chunk.len() > limit {
                 return Ok(Small::TooLarge);
             }
@@ -281,8 +287,8 @@ impl Transfer {
         Self { from, total, is_range, at: from, pace, url: url.clone(), body }
     }
 
-    /// The next bytes; `None` at the end.
-    pub async fn next(&mut self) -> Result<Option<Bytes>, Failure> {
+    /// The next bytes, no faster than the limits want; `None` at the end.
+    pub async fn next(&mut self, progress: &Progress) -> Result<Option<Bytes>, Failure> {
         let asked = Instant::now();
         let chunk = match &mut self.body {
             Body::Web(response) => response.chunk().await.map_err(|error| http::cut(&error, self.at, &self.url))?,
@@ -296,6 +302,10 @@ impl Transfer {
         self.at += length;
         if chunk.is_some() && self.pace.is_too_slow(asked.elapsed(), length) {
             return Err(http::too_slow(&self.url));
+        }
+        if matches!(self.body, Body::Web(_)) {
+            // While nobody asks for more, the connection's own flow control holds the sender back.
+            progress.pace_download(length).await;
         }
         Ok(chunk)
     }

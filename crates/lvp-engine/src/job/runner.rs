@@ -318,25 +318,30 @@ impl<C: Send + 'static> Inner<C> {
     async fn forward(&self, id: JobId, context: &mut C, steps: &[Step<C>], progress: &Progress) -> (Result<()>, usize) {
         for (position, step) in steps.iter().enumerate() {
             let record = (self.execution.record)(context);
-            let begun = async {
-                progress.check()?;
-                self.store.step(id, position, step.name, "started", record).await
+            // One flush of the database says that the step before is done and that this one begins.
+            let begun = match progress.check() {
+                Ok(()) => self.store.step(id, position, step.name, "started", record).await,
+                Err(stop) => self.keep(id, &steps[..position], record).await.and(Err(stop)),
             };
-            if let Err(error) = begun.await {
+            if let Err(error) = begun {
                 return (Err(error), position);
             }
-            let result = async {
-                tracing::debug!(job_id = %id, step = step.name, "step begins");
-                act(step.ensure, context, step.name).await?;
-                self.store.step(id, position, step.name, "done", (self.execution.record)(context)).await
-            };
-            let result = result.await;
+            tracing::debug!(job_id = %id, step = step.name, "step begins");
+            let result = act(step.ensure, context, step.name).await;
             self.announce();
             if result.is_err() {
                 return (result, position + 1);
             }
         }
         (Ok(()), steps.len())
+    }
+
+    /// Keeps what the steps that are done have found, for the next attempt.
+    async fn keep(&self, id: JobId, done: &[Step<C>], record: Value) -> Result<()> {
+        match done.last() {
+            Some(step) => self.store.step(id, done.len() - 1, step.name, "done", record).await,
+            None => Ok(()),
+        }
     }
 
     /// Takes steps back, the last first. What cannot be taken back is named in the error.

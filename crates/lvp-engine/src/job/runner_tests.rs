@@ -8,6 +8,8 @@ use super::*;
 struct Diary {
     path: std::path::PathBuf,
     fail_at: Option<String>,
+    /// Steps that were done, as the record has it.
+    done: u64,
     progress: Progress,
 }
 
@@ -21,11 +23,14 @@ impl Diary {
     async fn ensure(&mut self, name: &str) -> Result<()> {
         self.write(&format!("+{name}"));
         match self.fail_at.as_deref() {
-            Some(at) if at == name => Err(Error::new(ErrorCode::InputOutput, "the disk is on fire")),
+            Some(at) if at == name => return Err(Error::new(ErrorCode::InputOutput, "the disk is on fire")),
             Some("panic") if name == "two" => panic!("out of cheese"),
-            Some("hang") if name == "two" => self.progress.until_stopped(std::future::pending::<()>()).await,
-            _ => Ok(()),
+            Some("hang") if name == "two" => self.progress.until_stopped(std::future::pending::<()>()).await?,
+            Some("stop") if self.done == 0 => self.progress.stop(Stop::Shutdown),
+            _ => {}
         }
+        self.done += 1;
+        Ok(())
     }
 }
 
@@ -67,9 +72,12 @@ impl Bench {
     fn runner(&self, fail_at: Option<&str>) -> Runner<Diary> {
         let (path, fail_at) = (self.directory.path().join("diary"), fail_at.map(str::to_owned));
         let execution = Execution {
-            context: Box::new(move |_, progress| Ok(Diary { path: path.clone(), fail_at: fail_at.clone(), progress })),
+            context: Box::new(move |stored, progress| {
+                let done = stored.record["done"].as_u64().unwrap_or_default();
+                Ok(Diary { path: path.clone(), fail_at: fail_at.clone(), done, progress })
+            }),
             steps: |_| STEPS,
-            record: |_| json!({}),
+            record: |diary| json!({ "done": diary.done }),
         };
         Runner::new(self.store.clone(), execution, 2, 10)
     }
@@ -153,6 +161,17 @@ async fn a_shutdown_undoes_nothing_and_the_next_start_resumes() {
     // To be told to stop is no failed attempt.
     assert_eq!((stored.status, stored.attempts), (JobStatus::Completed, 1));
     assert_eq!(bench.diary(), "+one +two +one +two ");
+}
+
+#[tokio::test]
+async fn what_a_step_found_is_kept_when_the_daemon_stops_behind_it() {
+    let bench = Bench::new();
+    let runner = bench.runner(Some("stop"));
+    runner.begin(Recovery::Resume).await.unwrap();
+    let (id, _) = runner.submit(job()).await.unwrap();
+    let stored = until(&runner, id, |stored| stored.status.is_terminal()).await;
+    assert_eq!(bench.diary(), "+one +one +two ");
+    assert_eq!(stored.record, json!({ "done": 3 }), "the first attempt's is among them");
 }
 
 #[tokio::test]

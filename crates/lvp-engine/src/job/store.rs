@@ -240,7 +240,8 @@ impl Store {
         .map(Option::unwrap_or_default)
     }
 
-    /// Keeps the state of a step together with the job's record: before it acts, after, and when it is undone.
+    /// Keeps the state of a step together with the job's record: before it acts, which also says that those before it are
+    /// done, after, and when it is undone.
     pub async fn step(
         &self,
         id: JobId,
@@ -250,6 +251,12 @@ impl Store {
         record: Value,
     ) -> Result<()> {
         self.transact(move |t| {
+            if state == "started" {
+                t.execute(
+                    "UPDATE steps SET state = 'done', at = ?3 WHERE job_id = ?1 AND position < ?2 AND state = 'started'",
+                    params![id.to_string(), position as i64, now()],
+                )?;
+            }
             t.execute(
                 "INSERT INTO steps (job_id, position, name, state, at) VALUES (?1, ?2, ?3, ?4, ?5)
                  ON CONFLICT (job_id, position) DO UPDATE SET name = ?3, state = ?4, at = ?5",
@@ -317,6 +324,12 @@ impl Store {
                 "UPDATE jobs SET status = ?2, progress = ?3, error = ?4, record = ?5, updated_at = ?6, finished_at = ?6 WHERE id = ?1",
                 params![id.to_string(), status.name(), progress, error, record.to_string(), now()],
             )?;
+            if status == JobStatus::Completed {
+                t.execute(
+                    "UPDATE steps SET state = 'done', at = ?2 WHERE job_id = ?1 AND state = 'started'",
+                    params![id.to_string(), now()],
+                )?;
+            }
             match record.get("receipt").filter(|receipt| receipt.is_object() && status == JobStatus::Completed) {
                 Some(receipt) => keep_receipt(t, id, receipt),
                 None => Ok(()),
@@ -438,6 +451,14 @@ mod tests {
         assert_eq!(store.list(Filter { limit: 10, ..Filter::default() }).await.unwrap().len(), 1);
     }
 
+    async fn states(store: &Store, id: JobId) -> Vec<String> {
+        let read = store.transact(move |t| {
+            let sql = "SELECT state FROM steps WHERE job_id = ?1 ORDER BY position";
+            t.prepare(sql)?.query_map([id.to_string()], |row| row.get(0))?.collect()
+        });
+        read.await.unwrap()
+    }
+
     #[tokio::test]
     async fn a_job_survives_its_store() {
         let (directory, store) = store().await;
@@ -449,6 +470,9 @@ mod tests {
         let job = store.get(id).await.unwrap();
         assert_eq!((job.status, job.attempts, job.record), (JobStatus::Running, 1, json!({"x": 1})));
         assert_eq!(store.steps_started(id).await.unwrap(), 1);
+        store.step(id, 1, "second", "started", json!({"x": 2})).await.unwrap();
+        let states = states(&store, id).await;
+        assert_eq!(states, ["done", "started"]);
         assert_eq!(store.unfinished().await.unwrap().len(), 1);
     }
 

@@ -23,6 +23,7 @@ use crate::{
     format::{Image, PopulateOptions, Populated},
     image::{Entry, Fetch, Resolved},
     job::Stored,
+    limit::Limits,
     progress::Progress,
     task::blocking,
     volume::{Volume, VolumeBackend},
@@ -103,6 +104,8 @@ impl Context {
     pub fn new(services: Arc<Services>, stored: &Stored, progress: Progress) -> Result<Self> {
         let order = Order::from_stored(&stored.request)?;
         let record = serde_json::from_value(stored.record.clone()).unwrap_or_default();
+        let own = Limits::new(order.limit_rate, order.limit_rate);
+        let progress = progress.limited(services.limits.and(&own));
         Ok(Self {
             services,
             id: stored.id,
@@ -391,7 +394,7 @@ impl Context {
 
     pub(super) fn options(&self) -> PopulateOptions {
         let zero = self.order.volume.as_ref().map_or(ZeroPolicy::Full, |volume| volume.zero);
-        PopulateOptions { workers: self.services.workers, zero }
+        PopulateOptions { workers: self.services.workers, zero, io_priority: self.services.io_priority }
     }
 
     pub(super) fn destination(&self) -> Result<&Destination> {

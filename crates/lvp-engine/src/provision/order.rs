@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::{
     error::{Error, Result},
     image::{ImageUrl, SourceSettings},
+    limit::RateLimit,
     volume::{TargetSettings, Targets},
 };
 
@@ -34,6 +35,9 @@ pub struct Order {
     pub checksum: Option<Digest>,
     /// The caller's own id.
     pub correlation_id: Option<String>,
+    /// Bytes a second that it may fetch, and as many that it may write.
+    #[serde(default)]
+    pub limit_rate: Option<u64>,
     /// The volume to write; none for a prefetch.
     pub volume: Option<VolumeOrder>,
 }
@@ -81,6 +85,7 @@ impl Order {
             format: request.image_type,
             checksum: request.checksum.as_deref(),
             correlation_id: request.correlation_id.as_ref(),
+            limit_rate: request.limit_rate,
         };
         image.order(
             sources,
@@ -96,6 +101,7 @@ impl Order {
             format: request.image_type,
             checksum: request.checksum.as_deref(),
             correlation_id: request.correlation_id.as_ref(),
+            limit_rate: request.limit_rate,
         };
         image.order(sources, trusted, None)
     }
@@ -118,6 +124,7 @@ struct ImageRequest<'a> {
     format: Option<ImageFormat>,
     checksum: Option<&'a str>,
     correlation_id: Option<&'a String>,
+    limit_rate: Option<ByteSize>,
 }
 
 impl ImageRequest<'_> {
@@ -139,9 +146,19 @@ impl ImageRequest<'_> {
             image_type: self.format.map_or_else(|| format_of_name(&url.file_name()), Ok)?,
             checksum: checksum.map_err(|invalid| Error::invalid(ErrorCode::InvalidChecksum, &invalid))?,
             correlation_id: self.correlation_id.cloned(),
+            limit_rate: self.limit_rate.map(limit_rate).transpose()?,
             volume,
         })
     }
+}
+
+fn limit_rate(rate: ByteSize) -> Result<u64> {
+    let least = RateLimit::LEAST;
+    if rate.0 >= least {
+        return Ok(rate.0);
+    }
+    let why = format!("limit_rate is {rate} a second; the least is {}", ByteSize(least));
+    Err(Error::new(ErrorCode::InvalidField, why).hint("write it in bytes or with a unit, such as 100M"))
 }
 
 fn size(gib: Option<i64>, bytes: Option<ByteSize>) -> Result<u64> {
@@ -210,6 +227,16 @@ mod tests {
             (Some(1), Some(ByteSize(1)), ErrorCode::InvalidField),
         ] {
             assert_eq!(size(gib, bytes).unwrap_err().code(), code, "{gib:?} {bytes:?}");
+        }
+    }
+
+    #[test]
+    fn a_rate_at_which_nothing_ends_is_refused() {
+        assert_eq!(limit_rate(ByteSize(64 << 10)).unwrap(), 64 << 10);
+        for rate in [0, 100, (64 << 10) - 1] {
+            let error = limit_rate(ByteSize(rate)).unwrap_err();
+            assert_eq!(error.code(), ErrorCode::InvalidField);
+            assert!(error.to_string().contains("64 KiB"), "{error}");
         }
     }
 

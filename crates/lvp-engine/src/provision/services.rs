@@ -2,8 +2,9 @@
 
 use super::sharing::BaseLocks;
 use crate::{
-    host::libvirt::Libvirt,
+    host::{libvirt::Libvirt, priority::IoPriority},
     image::{Images, SourceSettings},
+    limit::Limits,
     volume::Targets,
 };
 
@@ -21,4 +22,8 @@ pub struct Services {
     pub base_locks: BaseLocks,
     /// Threads that decode and write, for one job.
     pub workers: usize,
+    /// How fast all jobs together may fetch and write.
+    pub limits: Limits,
+    /// How urgent their reads and writes are.
+    pub io_priority: IoPriority,
 }

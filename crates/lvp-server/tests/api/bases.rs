@@ -14,7 +14,7 @@ use crate::bed::{Bed, DISK};
 
 /// A server whose default target is on a file system with reflinks.
 async fn sharing() -> (Bed, MountedFileSystem) {
-    let mounted = MountedFileSystem::make(&["mkfs.xfs", "-q", "-m", "reflink=1"]).unwrap();
+    let mounted = MountedFileSystem::make(512 << 20, &["mkfs.xfs", "-q", "-m", "reflink=1"]).unwrap();
     let path = mounted.path.join("volumes");
     fs::create_dir(&path).unwrap();
     let spec = TargetSpec::Directory { path };

@@ -11,7 +11,8 @@ use std::{
 
 use e2e::{images, s3::ObjectStore};
 use lvp_engine::{
-    Credentials, Engine, EngineSettings, LibvirtSetting, LockRetry, Recovery, Secret, SourceSettings, parse_endpoint,
+    Credentials, Engine, EngineSettings, IoPriority, LibvirtSetting, LockRetry, Recovery, Secret, SourceSettings,
+    parse_endpoint,
 };
 use lvp_server::listen::{self, Addresses};
 use reqwest::{Method, RequestBuilder, header::HeaderMap};
@@ -137,6 +138,9 @@ fn settings(root: &Path, endpoint: &str) -> EngineSettings {
         libvirt: LibvirtSetting::Off,
         max_concurrent_jobs: 2,
         workers: 2,
+        download_limit: None,
+        write_limit: None,
+        io_priority: IoPriority::default(),
         job_history: 1000,
         recovery: Recovery::Resume,
     }

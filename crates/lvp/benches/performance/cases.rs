@@ -5,16 +5,16 @@
 //! | provision | lvp with an empty cache; curl, sha256sum, qemu-img; lvp with the image cached; qemu-img alone |
 //! | limited | lvp with an empty cache; curl alone; both from a server of 100 MB/s |
 //! | size | lvp with the image cached, onto 5 GiB; the same onto 50 GiB |
+//! | share | lvp with a base of the image, on a file system with reflinks; lvp with the image cached, to a new file |
 //! | start | a command of lvp that does nothing |
 //!
-//! It leaves out a hit on a thin pool, which needs device-mapper, and on a file system with reflinks, until lvp makes
-//! them.
+//! It leaves out a thin pool, which needs device-mapper.
 
 use std::{collections::BTreeMap, env, fs, path::Path, thread};
 
 use anyhow::Result;
 use e2e::{
-    images::LoopDevice,
+    images::{LoopDevice, MountedFileSystem},
     minio::Minio,
     server::{Page, Server},
 };
@@ -28,7 +28,7 @@ use crate::{
     alone,
     measure::{Run, Spread, round},
     report,
-    ways::{Bench, Offered, Part, Place},
+    ways::{Bench, Offered, Part, Place, write_zeros},
 };
 
 const BUCKET: &str = "bench";
@@ -55,7 +55,7 @@ impl Effort {
         Self {
             quick: !words("BENCH_QUICK").is_empty(),
             // What lvp itself takes.
-            workers: words("BENCH_WORKERS").parse().unwrap_or(processors.clamp(2, 4)),
+            workers: words("BENCH_WORKERS").parse().unwrap_or((2 * processors).clamp(2, 4)),
             only: words("BENCH_ONLY").split(',').filter(|word| !word.is_empty()).map(str::to_owned).collect(),
         }
     }
@@ -101,6 +101,10 @@ pub fn run(effort: &Effort) -> Result<Vec<Value>> {
     if effort.wants("size small zlib qcow2") {
         groups.push(size(effort, &minio, &small)?);
     }
+    let roots = [Some(&small), large.as_ref()];
+    for images in roots.into_iter().flatten().filter(|images| effort.wants(&format!("share {}", images.root.name))) {
+        groups.push(share(effort, &minio, images)?);
+    }
     if effort.wants("start") {
         groups.push(start(effort, &small)?);
     }
@@ -116,13 +120,14 @@ fn offer(minio: &Minio, images: &Images, kind: Kind) -> Result<(Offered, f64)> {
     Ok((Offered { url: format!("s3://{BUCKET}/{key}"), web_url, kind, digest }, seconds))
 }
 
-fn place(scratch: &Scratch, device: bool, size: u64) -> Result<Place> {
+fn place(scratch: &Scratch, device: bool, images: &Images) -> Result<Place> {
     if !device {
         return Ok(Place::File);
     }
     let file = scratch.path().join("device");
-    fs::File::create(&file)?.set_len(size)?;
-    Ok(Place::Device(LoopDevice::attach(&file, 512)?))
+    fs::File::create(&file)?.set_len(VOLUME)?;
+    write_zeros(&file, images.root.disk)?;
+    Ok(Place::Device(LoopDevice::attach(&file, 512)?, images.root.disk))
 }
 
 /// The runs of the ways of one case, by their names, in the order of the turns.
@@ -172,7 +177,7 @@ fn provision(
 ) -> Result<Value> {
     let scratch = cache::scratch("bench")?;
     let (offered, hash) = offer(minio, images, kind)?;
-    let place = place(&scratch, device, VOLUME)?;
+    let place = place(&scratch, device, images)?;
     let bench =
         Bench { scratch: &scratch, minio: Some(minio), offered, place, volume: VOLUME, workers: effort.workers };
     let (mut runs, mut parts) = (Runs::default(), Vec::new());
@@ -318,6 +323,40 @@ fn size(effort: &Effort, minio: &Minio, images: &Images) -> Result<Value> {
         "case": "size", "root": images.root.name, "image": Kind::Zlib.name(), "target": "file",
         "ways": runs.json(),
         "ratios": [ratio("hit, volume of 50 GiB", "volume of 5 GiB", quotient, Some(1.1))],
+    });
+    println!("{}", report::group(&group));
+    Ok(group)
+}
+
+/// A copy of a base against a copy of the image.
+fn share(effort: &Effort, minio: &Minio, images: &Images) -> Result<Value> {
+    let scratch = cache::scratch("bench")?;
+    let mounted = MountedFileSystem::make(8 << 30, &["mkfs.xfs", "-q", "-m", "reflink=1"])
+        .or_else(|_| MountedFileSystem::make(8 << 30, &["mkfs.btrfs", "-q"]))?;
+    let (offered, _) = offer(minio, images, Kind::Zlib)?;
+    let on = |place: Place| Bench {
+        scratch: &scratch,
+        minio: Some(minio),
+        offered: offered.clone(),
+        place,
+        volume: VOLUME,
+        workers: effort.workers,
+    };
+    let (copied, shared) = (on(Place::File), on(Place::Sharing(mounted.path.clone())));
+    // Makes the base, and its first copy.
+    shared.cold()?;
+    shared.compare(&images.path(Kind::Raw))?;
+    let mut runs = Runs::default();
+    for _ in 0..effort.repetitions(5) {
+        runs.add("lvp, base", shared.hit()?);
+        runs.add("lvp, hit", copied.hit()?);
+    }
+    shared.compare(&images.path(Kind::Raw))?;
+    let quotient = Spread::of_quotients(&runs.walls("lvp, base"), &runs.walls("lvp, hit"));
+    let group = json!({
+        "case": "share", "root": images.root.name, "image": Kind::Zlib.name(), "target": "reflinks",
+        "ways": runs.json(),
+        "ratios": [ratio("hit, with a base", "hit, to a new file", quotient, Some(0.05))],
     });
     println!("{}", report::group(&group));
     Ok(group)

@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use e2e::{images, images::LoopDevice, minio::Minio};
 use xtask::{cache::Scratch, roots::Kind};
 
@@ -54,8 +54,10 @@ pub struct Offered {
 pub enum Place {
     /// New files of ext4.
     File,
-    /// A loop device.
-    Device(LoopDevice),
+    /// A loop device whose file has all its blocks, as a logical volume has; so many bytes of it are written.
+    Device(LoopDevice, u64),
+    /// A directory of a file system whose files can share blocks.
+    Sharing(PathBuf),
 }
 
 /// What a part of the manual way took.
@@ -90,14 +92,16 @@ impl Bench<'_> {
     pub fn our_volume(&self) -> PathBuf {
         match &self.place {
             Place::File => self.ours("volumes/bench.raw"),
-            Place::Device(device) => device.path.clone(),
+            Place::Device(device, _) => device.path.clone(),
+            Place::Sharing(directory) => directory.join("bench.raw"),
         }
     }
 
     fn their_volume(&self) -> PathBuf {
         match &self.place {
             Place::File => self.theirs("volume.raw"),
-            Place::Device(device) => device.path.clone(),
+            Place::Device(device, _) => device.path.clone(),
+            Place::Sharing(directory) => directory.join("volume.raw"),
         }
     }
 
@@ -125,8 +129,9 @@ impl Bench<'_> {
     fn provision(&self) -> Result<Run> {
         self.clean(&self.our_volume())?;
         match &self.place {
-            Place::File => self.product(&self.provision_words())?.run(),
-            Place::Device(device) => {
+            Place::File => self.product(&self.provision_words(&self.ours("volumes")))?.run(),
+            Place::Sharing(directory) => self.product(&self.provision_words(directory))?.run(),
+            Place::Device(device, _) => {
                 let cache = self.ours("images");
                 fs::create_dir_all(&cache)?;
                 let (url, kind, digest) = (&self.offered.url, self.offered.kind, &self.offered.digest);
@@ -137,8 +142,8 @@ impl Bench<'_> {
         }
     }
 
-    fn provision_words(&self) -> Vec<String> {
-        let (size, target) = (self.volume.to_string(), format!("dir:{}", self.ours("volumes").display()));
+    fn provision_words(&self, directory: &Path) -> Vec<String> {
+        let (size, target) = (self.volume.to_string(), format!("dir:{}", directory.display()));
         let (digest, format) = (format!("sha256:{}", self.offered.digest), self.offered.kind.format());
         let words =
             ["provision", &self.offered.url, "bench", "--size", &size, "--target", &target, "--checksum", &digest];
@@ -217,11 +222,7 @@ impl Bench<'_> {
     /// No volume yet, or a device that reads zero; and nothing on its way to the disk.
     pub fn clean(&self, volume: &Path) -> Result<()> {
         match &self.place {
-            Place::Device(device) if device.path == volume => {
-                let length = self.volume.to_string();
-                let device = device.path.to_str().context("a path that is not text")?;
-                images::run("fallocate", &["--punch-hole", "--offset", "0", "--length", &length, device])?;
-            }
+            Place::Device(device, written) if device.path == volume => write_zeros(&device.path, *written)?,
             _ if volume.exists() => fs::remove_file(volume)?,
             _ => {}
         }
@@ -237,4 +238,10 @@ impl Bench<'_> {
         let words: Vec<&OsStr> = words.into_iter().chain([raw.as_os_str(), volume.as_os_str()]).collect();
         images::run("qemu-img", &words).map(drop)
     }
+}
+
+/// Writes zeros, so that what is written keeps its blocks, and later writes have none to find.
+pub fn write_zeros(path: &Path, bytes: u64) -> Result<()> {
+    let (input, output, count) = ("if=/dev/zero", format!("of={}", path.display()), format!("count={}", bytes >> 20));
+    images::run("dd", &[input, &output, "bs=1M", &count, "oflag=direct", "conv=notrunc,fsync", "status=none"]).map(drop)
 }

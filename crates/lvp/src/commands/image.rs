@@ -27,10 +27,11 @@ pub async fn run(connection: &Connection, command: cli::Image, output: Output) -
         }
         cli::Image::Bases => output::print(&client.bases().await?, output, |bases| show_bases(bases))?,
         cli::Image::Show { image } => output::print(&client.image(&image).await?, output, show)?,
-        cli::Image::Prefetch { image, image_type, checksum, detach } => {
+        cli::Image::Prefetch { image, image_type, checksum, limit_rate, detach } => {
             refuse_detached_local(connection, detach)?;
             let checksum = checksum.map(|digest| digest.to_string());
-            let request = PrefetchRequest { image_url: image_url(image)?, image_type, checksum, correlation_id: None };
+            let image_url = image_url(image)?;
+            let request = PrefetchRequest { image_url, image_type, checksum, correlation_id: None, limit_rate };
             let submitted = client.prefetch(&request).await?;
             return job::follow_or_print(connection, submitted, detach, output).await;
         }

@@ -57,6 +57,7 @@ fn request(command: Provision) -> Result<ProvisionRequest, Box<ErrorBody>> {
         correlation_id: command.correlation_id,
         checksum: command.checksum.map(|digest| digest.to_string()),
         target: command.target,
+        limit_rate: command.limit_rate,
         dry_run: command.dry_run,
     })
 }

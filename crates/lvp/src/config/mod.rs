@@ -13,8 +13,8 @@ use std::{
 
 use lvp_api::{ByteSize, DiskFormat, ErrorCode, TargetSpec, ZeroPolicy};
 use lvp_engine::{
-    Credentials, EngineSettings, Error, LibvirtSetting, LockRetry, Recovery, Result, Secret, SourceSettings,
-    TargetSettings, parse_endpoint,
+    Credentials, EngineSettings, Error, IoPriority, LEAST_RATE, LibvirtSetting, LockRetry, Recovery, Result, Secret,
+    SourceSettings, TargetSettings, parse_endpoint,
 };
 use lvp_server::listen::Addresses;
 
@@ -224,6 +224,31 @@ impl Config {
         text.trim().parse().map(Some).map_err(|_| self.invalid(key, "is not a number that is possible here"))
     }
 
+    fn size(&self, key: &str) -> Result<Option<u64>> {
+        let size = self.text(key).map(|text| {
+            text.parse::<ByteSize>()
+                .map(|size| size.0)
+                .map_err(|invalid| self.invalid(key, &format!("is not a size: {invalid}")))
+        });
+        size.transpose()
+    }
+
+    /// Bytes a second.
+    fn rate(&self, key: &str) -> Result<Option<u64>> {
+        match self.size(key)? {
+            Some(rate) if rate < LEAST_RATE => {
+                Err(self.invalid(key, &format!("is less than {} a second", ByteSize(LEAST_RATE))))
+            }
+            rate => Ok(rate),
+        }
+    }
+
+    fn io_priority(&self) -> Result<IoPriority> {
+        let text = self.text("io_priority").unwrap_or_default();
+        let found = IoPriority::ALL.into_iter().find(|priority| priority.name() == text);
+        found.ok_or_else(|| self.invalid("io_priority", "is not one of normal, low and idle"))
+    }
+
     fn milliseconds(&self, key: &str) -> Result<Vec<Duration>> {
         let text = self.text(key).unwrap_or_default();
         let numbers = text.split(',').map(|number| number.trim().parse().map(Duration::from_millis));
@@ -295,16 +320,11 @@ impl Config {
         let zero = |key: &str, number: usize| {
             if number == 0 { Err(self.invalid(key, "must be at least 1")) } else { Ok(number) }
         };
-        let size = self.text("cache_max_bytes").map(|text| {
-            text.parse::<ByteSize>()
-                .map(|size| size.0)
-                .map_err(|invalid| self.invalid("cache_max_bytes", &format!("is not a size: {invalid}")))
-        });
         Ok(EngineSettings {
             state_directory: self.state_directory()?,
             database: self.text("database").map(PathBuf::from),
             cache_directory: self.text("cache_dir").map(PathBuf::from),
-            cache_max_bytes: size.transpose()?,
+            cache_max_bytes: self.size("cache_max_bytes")?,
             sources: self.sources()?,
             targets: self.targets.iter().map(|(name, (settings, _))| (name.clone(), settings.clone())).collect(),
             lock_retry: LockRetry {
@@ -318,6 +338,9 @@ impl Config {
             },
             max_concurrent_jobs: zero("max_concurrent_jobs", self.number("max_concurrent_jobs")?.unwrap_or(2))?,
             workers: zero("workers", self.number("workers")?.unwrap_or_else(default_workers))?,
+            download_limit: self.rate("download_limit")?,
+            write_limit: self.rate("write_limit")?,
+            io_priority: self.io_priority()?,
             job_history: self.number("job_history")?.unwrap_or(1000),
             recovery,
         })
@@ -349,9 +372,10 @@ fn half_credentials(given: &str, missing: &str) -> Error {
         .hint("set both, or none for public buckets")
 }
 
-/// Two or more threads decode and write; more than four rarely help one disk.
+/// Two threads for each processor, since a thread that waits for the disk decodes nothing; more than four rarely help one
+/// disk.
 fn default_workers() -> usize {
-    std::thread::available_parallelism().map_or(2, |count| count.get().clamp(2, 4))
+    std::thread::available_parallelism().map_or(2, |count| (2 * count.get()).clamp(2, 4))
 }
 
 /// A target's table: `kind = "lvm"` with `volume_group` and maybe `thin_pool`, or `kind = "dir"` with `path`.

@@ -94,6 +94,24 @@ pub const SETTINGS: &[Setting] = &[
     setting("libvirt_uri", &["LVP_LIBVIRT_URI"], None, "libvirt's connection URI, or `none`"),
     setting("max_concurrent_jobs", &["MAX_CONCURRENT_JOBS"], Some("2"), "Jobs that run at once"),
     setting("workers", &["LVP_WORKERS"], None, "Threads that decode and write, for one job"),
+    setting(
+        "download_limit",
+        &["LVP_DOWNLOAD_LIMIT"],
+        None,
+        "Bytes a second that all jobs together may fetch, such as 100M; not set: no limit",
+    ),
+    setting(
+        "write_limit",
+        &["LVP_WRITE_LIMIT"],
+        None,
+        "Bytes a second that all jobs together may write to volumes, such as 200M; not set: no limit",
+    ),
+    setting(
+        "io_priority",
+        &["LVP_IO_PRIORITY"],
+        Some("normal"),
+        "I/O priority of what copies to volumes: normal, low, or idle; heeded by the I/O schedulers bfq and mq-deadline",
+    ),
     setting("job_history", &["LVP_JOB_HISTORY"], Some("1000"), "Ended jobs that are remembered"),
     setting("log_level", &["LOG_LEVEL"], None, "error, warn, info, debug, trace, or filter directives")
         .flag("log-level"),

@@ -47,6 +47,14 @@ fn what_is_not_a_setting_is_refused_with_the_nearest_name() {
         refused.stderr.contains("from MAX_CONCURRENT_JOBS") && refused.stderr.contains("at least 1"),
         "{refused:?}"
     );
+    for (name, value, words) in [
+        ("LVP_DOWNLOAD_LIMIT", "fast", "is not a size"),
+        ("LVP_WRITE_LIMIT", "1K", "is less than 64 KiB a second"),
+        ("LVP_IO_PRIORITY", "Low", "is not one of normal, low and idle"),
+    ] {
+        let refused = run(bed.command(&["job", "list"]).env(name, value)).exits(2);
+        assert!(refused.stderr.contains(name) && refused.stderr.contains(words), "{refused:?}");
+    }
     let refused = run(bed.command(&["job", "list"]).env("LVP_CONFIG", "/nowhere.toml")).exits(2);
     assert!(refused.stderr.contains("/nowhere.toml"), "{refused:?}");
     assert!(!bed.path("state").exists());

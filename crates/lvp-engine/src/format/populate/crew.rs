@@ -8,7 +8,7 @@ use std::{
 use super::Counts;
 use crate::{
     error::{Error, Result},
-    host::{block::OpenTarget, confine::confine_decoder},
+    host::{block::OpenTarget, confine::confine_decoder, priority::IoPriority},
     progress::Progress,
 };
 
@@ -17,12 +17,13 @@ pub struct Crew<'a> {
     progress: &'a Progress,
     /// All that the threads may write to.
     target: &'a OpenTarget,
+    io_priority: IoPriority,
     stopped: AtomicBool,
 }
 
 impl<'a> Crew<'a> {
-    pub fn new(progress: &'a Progress, target: &'a OpenTarget) -> Self {
-        Self { progress, target, stopped: AtomicBool::new(false) }
+    pub fn new(progress: &'a Progress, target: &'a OpenTarget, io_priority: IoPriority) -> Self {
+        Self { progress, target, io_priority, stopped: AtomicBool::new(false) }
     }
 
     /// Whether no other thread has failed; an error when the job shall stop.
@@ -51,6 +52,9 @@ impl<'a> Crew<'a> {
             }
         }
         let mut guard = StopOthers(Some(&self.stopped));
+        if let Err(error) = self.io_priority.take() {
+            tracing::warn!(error = %error.chain(), "an image is copied with the usual I/O priority");
+        }
         confine_decoder(&self.target.descriptors());
         let done = work()?;
         guard.0 = None;

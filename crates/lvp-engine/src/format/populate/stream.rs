@@ -60,7 +60,7 @@ pub fn copy(
     progress: &Progress,
 ) -> Result<Counts> {
     let writers = options.workers.clamp(1, WRITERS_LIMIT);
-    let crew = Crew::new(progress, open);
+    let crew = Crew::new(progress, open, options.io_priority);
     let buffers = writers + BUFFERS_BESIDE;
     let (pieces, taken) = sync_channel(buffers);
     let (emptied, empty) = channel();

@@ -19,7 +19,7 @@ pub struct Writer<'a> {
     target: &'a OpenTarget,
     /// Whether what was never written reads as zero.
     pub reads_zero: bool,
-    /// Asked in long work whether to stop.
+    /// Asked how fast to go, and in long work whether to stop.
     progress: &'a Progress,
     /// What was done.
     pub done: Counts,
@@ -38,8 +38,8 @@ impl<'a> Writer<'a> {
             return Ok(());
         }
         let progress = self.progress;
-        let mut check = || progress.check();
-        self.done.bytes_offloaded += self.target.zero(range.start, length, &mut check)?;
+        let mut may = |written| progress.pace_write(written);
+        self.done.bytes_offloaded += self.target.zero(range.start, length, &mut may)?;
         self.done.bytes_zeroed += length;
         Ok(())
     }
@@ -53,6 +53,7 @@ impl<'a> Writer<'a> {
             if is_zero {
                 self.zero(offset + at as u64..offset + end as u64)?;
             } else {
+                self.progress.pace_write((end - at) as u64)?;
                 self.target.write_at(&bytes[at..end], offset + at as u64)?;
                 self.done.bytes_written += (end - at) as u64;
             }

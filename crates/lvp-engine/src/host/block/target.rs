@@ -4,11 +4,11 @@
 //! It leaves out reading: nothing is ever read back from a target, so two writers need only keep to different blocks.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{self, Seek, SeekFrom},
     os::{
         fd::{AsFd, BorrowedFd},
-        unix::fs::{FileExt, FileTypeExt, OpenOptionsExt},
+        unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt},
     },
     path::PathBuf,
     sync::atomic::{AtomicU8, Ordering},
@@ -18,7 +18,7 @@ use std::{
 
 use lvp_api::ErrorCode;
 use rustix::{
-    fs::{FallocateFlags, FlockOperation, OFlags, fallocate, flock, ioctl_blksszget},
+    fs::{FallocateFlags, FlockOperation, OFlags, fallocate, flock, ioctl_blksszget, major, minor},
     io::Errno,
 };
 
@@ -62,6 +62,8 @@ pub struct OpenTarget {
     start: u64,
     size: u64,
     device: bool,
+    /// Whether the device has no command for zeros, so that the kernel writes them.
+    kernel_writes_zeros: bool,
     /// Past the page cache; none where the target does not take that.
     direct: Option<File>,
     /// Through the page cache: the last partial block, and everything where there is no `direct`.
@@ -107,6 +109,7 @@ impl OpenTarget {
             start: target.offset,
             size: target.size,
             device,
+            kernel_writes_zeros: device && !has_zero_command(&plain),
             direct,
             plain,
             ways_lost: AtomicU8::new(0),
@@ -133,23 +136,34 @@ impl OpenTarget {
     }
 
     /// Makes `length` bytes from `offset` read as zero, and says how many of them the device or file system did by itself.
-    /// Same bounds as [`write_at`](Self::write_at). `check` is asked before every piece; its error ends the work.
+    /// Same bounds as [`write_at`](Self::write_at). `may` is asked before every piece, with the bytes that are written
+    /// for it, by us or by the kernel; its error ends the work.
     ///
     /// # Errors
-    /// What `check` gives; `input_output`; `internal` for a range that is not aligned or passes the target's end.
-    pub fn zero(&self, offset: u64, length: u64, check: &mut dyn FnMut() -> Result<()>) -> Result<u64> {
+    /// What `may` gives; `input_output`; `internal` for a range that is not aligned or passes the target's end.
+    pub fn zero(&self, offset: u64, length: u64, may: &mut dyn FnMut(u64) -> Result<()>) -> Result<u64> {
         self.bounds(offset, length)?;
         let end = offset + length;
         let (mut at, mut offloaded) = (offset, 0);
         while at < end {
-            check()?;
             let piece = (end - at).min(if self.device { DEVICE_PIECE } else { FILE_PIECE });
+            may(self.written_to_zero(piece))?;
             let (done, by_itself) =
                 self.zero_piece(at, piece).map_err(|error| Error::io("zeroing", &self.path, error))?;
             at += done;
             offloaded += if by_itself { done } else { 0 };
         }
         Ok(offloaded)
+    }
+
+    /// How many bytes are written when the next piece is zeroed, as far as can be told before.
+    fn written_to_zero(&self, piece: u64) -> u64 {
+        let by_writing = usize::from(self.ways_lost.load(Ordering::Relaxed)) >= FILE_WAYS.len() - 1;
+        match by_writing {
+            true => piece.min(WRITTEN_PIECE),
+            false if self.kernel_writes_zeros => piece,
+            false => 0,
+        }
     }
 
     /// Flushes to stable storage.
@@ -231,6 +245,16 @@ fn claimed(target: &BlockTarget, claim: OFlags) -> io::Result<File> {
     open_with(target, claim)
 }
 
+/// Whether a device zeroes by a command of its own: it says how many bytes at once (Documentation/ABI/stable/sysfs-block).
+/// A partition's queue is its disk's.
+fn has_zero_command(device: &File) -> bool {
+    let Ok(number) = device.metadata().map(|metadata| metadata.rdev()) else { return false };
+    let directory = PathBuf::from(format!("/sys/dev/block/{}:{}", major(number), minor(number)));
+    let limits = [directory.join("queue"), directory.join("../queue")];
+    let said = limits.iter().find_map(|queue| fs::read_to_string(queue.join("write_zeroes_max_bytes")).ok());
+    said.is_some_and(|bytes| bytes.trim() != "0")
+}
+
 /// Holds a regular file against other writers of ours, in this process or another, under whatever name.
 fn hold(file: &File) -> io::Result<()> {
     for _ in 0..CLAIM_ATTEMPTS {
@@ -263,8 +287,6 @@ fn not_opened(target: &BlockTarget, error: io::Error) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use e2e::images::LoopDevice;
 
     use super::*;
@@ -280,7 +302,7 @@ mod tests {
             open.direct = None;
         }
         open.ways_lost = AtomicU8::new(way);
-        open.zero(2 << 20, SIZE - (2 << 20), &mut || Ok(())).unwrap();
+        open.zero(2 << 20, SIZE - (2 << 20), &mut |_| Ok(())).unwrap();
         open.sync().unwrap();
         assert_eq!(open.ways_lost.into_inner(), way, "the way works here");
         drop(open.plain);

@@ -25,7 +25,7 @@ fn target(path: &Path, size: u64) -> BlockTarget {
     BlockTarget { path: path.to_owned(), offset: 0, size, reads_zero: false }
 }
 
-fn goes_on() -> Result<()> {
+fn goes_on(_: u64) -> Result<()> {
     Ok(())
 }
 
@@ -95,7 +95,7 @@ fn zeroing_stops_when_told() {
     let device = LoopDevice::attach(&path, 512).unwrap();
     let open = OpenTarget::open(&target(&device.path, 256 * MIB)).unwrap();
     let mut asked = 0;
-    let error = open.zero(0, 256 * MIB, &mut || {
+    let error = open.zero(0, 256 * MIB, &mut |_| {
         asked += 1;
         if asked > 2 { Err(Error::new(ErrorCode::Cancelled, "the job was cancelled")) } else { Ok(()) }
     });

@@ -17,7 +17,7 @@ const BTRFS: &[&str] = &["mkfs.btrfs", "-q"];
 #[test]
 fn conforms_with_bases_where_the_file_system_shares_blocks() {
     for (command, shares) in [(EXT4, false), (XFS, true), (XFS_WITHOUT_REFLINKS, false), (BTRFS, true)] {
-        let mounted = MountedFileSystem::make(command).unwrap();
+        let mounted = MountedFileSystem::make(512 << 20, command).unwrap();
         let path = mounted.path.join("srv/volumes");
         let backend = Directory::new(path.clone(), DiskFormat::Raw);
         // It is asked of the parent, and nothing is made for that.
@@ -42,7 +42,7 @@ fn files_in_memory_share_no_blocks() {
 
 /// A directory on XFS, with bases.
 fn on_xfs() -> (MountedFileSystem, Directory) {
-    let mounted = MountedFileSystem::make(XFS).unwrap();
+    let mounted = MountedFileSystem::make(512 << 20, XFS).unwrap();
     let backend = Directory::new(mounted.path.clone(), DiskFormat::Raw);
     (mounted, backend)
 }
