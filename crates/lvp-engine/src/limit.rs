@@ -117,7 +117,7 @@ mod tests {
     #[test]
     fn the_slower_of_two_rates_counts_and_one_is_shared() {
         let process = Limits::new(Some(4 * MIB), None);
-        let (one, two) = (process.and(&Limits::new(Some(MIB), Some(MIB))), process.clone());
+        let (one, two) = (process.and(&Limits::new(Some(MIB), Some(MIB))), process);
         assert_eq!(one.before_write(0), Duration::ZERO);
         one.after_download(4 * MIB);
         let (slow, shared) = (one.after_download(1), two.after_download(1));

@@ -1,8 +1,10 @@
 //! The scenarios on real LVM, libvirt and MinIO: `make e2e`, or with a part of a name to run only those.
 //!
-//! One machine is booted for all of them and made as it was before each; they run one after the other. When one
-//! fails, the machine's logs are in `target/e2e/NAME/`. A scenario is a function that gets the world and returns a
-//! result, and a line in the table of its module. It leaves out the scenarios: one module per subject.
+//! A machine is made as it was before each of them. There are two where there are processors for them
+//! (`TEST_BED_MACHINES` says otherwise), and each runs one scenario at a time: an emulated machine keeps hardly more than
+//! one processor busy. When a scenario fails, its machine's logs are in `target/e2e/NAME/`. A scenario is a function that
+//! gets the world and returns a result, and a line in the table of its module. It leaves out the scenarios: one module
+//! per subject.
 
 mod bases;
 mod cache;
@@ -17,9 +19,11 @@ mod smoke;
 mod source;
 
 use std::{
+    env,
     path::PathBuf,
     process::ExitCode,
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -48,34 +52,65 @@ const SUBJECTS: &[(&str, &[Scenario])] = &[
 /// What one job, or one command that waits for a job, may take in the emulated machine.
 const JOB: Duration = Duration::from_secs(300);
 
-/// Booted by the first scenario that runs, so that `--list` does not.
-type Shared = Arc<OnceLock<Result<World>>>;
+/// The machines of this run. Each is booted when a scenario finds none free, so that `--list` boots none.
+#[derive(Default)]
+struct Worlds {
+    free: Mutex<Vec<World>>,
+    /// Why one did not come up: then no further one is tried.
+    broken: OnceLock<String>,
+}
+
+impl Worlds {
+    fn take(&self) -> Result<World, String> {
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        match (free, self.broken.get()) {
+            (Some(world), _) => Ok(world),
+            (None, Some(why)) => Err(why.clone()),
+            (None, None) => start().map_err(|error| {
+                let why = format!("the test bed does not stand: {error:#}");
+                self.broken.get_or_init(|| why).clone()
+            }),
+        }
+    }
+
+    fn give_back(&self, world: World) {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner).push(world);
+    }
+}
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
-    arguments.test_threads = Some(1);
-    let world = Shared::default();
+    arguments.test_threads = Some(machines());
+    if !arguments.list {
+        // Logs that are there afterwards are of this run.
+        let _ = std::fs::remove_dir_all(logs());
+    }
+    let worlds = Arc::<Worlds>::default();
     let mut trials = Vec::new();
     for (subject, scenarios) in SUBJECTS {
-        trials.extend(scenarios.iter().map(|(name, scenario)| trial(format!("{subject}::{name}"), *scenario, &world)));
+        trials.extend(scenarios.iter().map(|(name, scenario)| trial(format!("{subject}::{name}"), *scenario, &worlds)));
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
-    // Ends the machine and MinIO: nothing else holds the world now.
-    drop(world);
+    // Ends the machines and their MinIO: nothing else holds them now.
+    drop(worlds);
     conclusion.exit_code()
 }
 
-fn trial(name: String, scenario: fn(&World) -> Result<()>, world: &Shared) -> Trial {
-    let world = Arc::clone(world);
+fn machines() -> usize {
+    let wanted = env::var("TEST_BED_MACHINES").ok().and_then(|number| number.parse().ok());
+    wanted.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from).min(2)).max(1)
+}
+
+fn trial(name: String, scenario: fn(&World) -> Result<()>, worlds: &Arc<Worlds>) -> Trial {
+    let worlds = Arc::clone(worlds);
     Trial::test(name.clone(), move || {
-        let world = match world.get_or_init(start) {
-            Ok(world) => world,
-            Err(error) => return Err(Failed::from(format!("the test bed does not stand: {error:#}"))),
-        };
+        let world = worlds.take()?;
         let begun = Instant::now();
-        let outcome = world.reset().and_then(|()| run(scenario, world));
-        eprint!("[{:5.1} s] ", begun.elapsed().as_secs_f32());
-        outcome.map_err(|error| Failed::from(format!("{error:#}\n{}", collect_logs(world, &name))))
+        let outcome = world.reset().and_then(|()| run(scenario, &world));
+        eprintln!("{name}: {:.1} s", begun.elapsed().as_secs_f32());
+        let outcome = outcome.map_err(|error| Failed::from(format!("{error:#}\n{}", collect_logs(&world, &name))));
+        worlds.give_back(world);
+        outcome
     })
 }
 
@@ -90,8 +125,6 @@ fn run(scenario: fn(&World) -> Result<()>, world: &World) -> Result<()> {
 
 fn start() -> Result<World> {
     let begun = Instant::now();
-    // Logs that are there afterwards are of this run.
-    let _ = std::fs::remove_dir_all(logs());
     let world = World::start()?;
     eprintln!("test bed: {} in the machine after {} s", world.binary.display(), begun.elapsed().as_secs());
     Ok(world)

@@ -52,7 +52,11 @@ pub(super) fn client(settings: &SourceSettings) -> Result<Client> {
     })
 }
 
-fn authorities(path: &Path) -> Result<Vec<Certificate>> {
+/// The authorities in a PEM file.
+///
+/// # Errors
+/// `invalid_configuration`.
+pub(super) fn authorities(path: &Path) -> Result<Vec<Certificate>> {
     let refuse = |why: &str| {
         Error::new(
             ErrorCode::InvalidConfiguration,

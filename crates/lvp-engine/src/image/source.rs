@@ -8,7 +8,7 @@ use std::{
     fs::File,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
@@ -66,14 +66,30 @@ impl SourceInfo {
 /// What all sources share: one client, one set of settings.
 #[derive(Clone)]
 pub(super) struct Sources {
-    client: Client,
+    /// Made when the first source on a network is read: it reads all authorities that this machine trusts.
+    client: Arc<OnceLock<Client>>,
     settings: Arc<SourceSettings>,
 }
 
 impl Sources {
-    /// Sets up the client.
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// `invalid_configuration` when the file of certificate authorities cannot be used.
     pub fn new(settings: SourceSettings) -> Result<Self> {
-        Ok(Self { client: http::client(&settings)?, settings: Arc::new(settings) })
+        if let Some(path) = &settings.ca_file {
+            http::authorities(path)?;
+        }
+        Ok(Self { client: Arc::default(), settings: Arc::new(settings) })
+    }
+
+    fn client(&self) -> Result<&Client> {
+        if self.client.get().is_none() {
+            let made = http::client(&self.settings)?;
+            // Another job may have been quicker.
+            let _ = self.client.set(made);
+        }
+        self.client.get().ok_or_else(|| Error::internal("an HTTP client that was made is gone"))
     }
 
     /// The source of one image.
@@ -100,8 +116,8 @@ impl Source {
         !matches!(self.url.location(), Location::File(_))
     }
 
-    fn web(&self) -> Web<'_> {
-        Web { client: &self.sources.client, settings: &self.sources.settings, url: &self.url }
+    fn web(&self) -> Result<Web<'_>> {
+        Ok(Web { client: self.sources.client()?, settings: &self.sources.settings, url: &self.url })
     }
 
     fn path(&self) -> Option<PathBuf> {
@@ -116,7 +132,7 @@ impl Source {
         if let Some(path) = self.path() {
             return blocking(move || file::look(&path)).await;
         }
-        self.repeat(progress, move || async move { self.web().look().await }).await
+        self.repeat(progress, move || async move { self.web()?.look().await }).await
     }
 
     /// The `length` bytes from `offset` on, of the content that `info` describes.
@@ -150,7 +166,7 @@ impl Source {
         length: usize,
         progress: &Progress,
     ) -> Result<Bytes, Failure> {
-        let answer = self.web().get(info, offset, Some(length as u64)).await?;
+        let answer = self.web()?.get(info, offset, Some(length as u64)).await?;
         // A server without ranges sends the whole: what comes before is thrown away, what comes after is not read.
         let mut skip = offset - answer.from;
         if skip > SKIPPED_AT_MOST {
@@ -205,7 +221,7 @@ impl Source {
     }
 
     async fn small_once(&self, limit: usize, progress: &Progress) -> Result<Small, Failure> {
-        let answer = self.web().get(&SourceInfo::default(), 0, None).await?;
+        let answer = self.web()?.get(&SourceInfo::default(), 0, None).await?;
         let mut transfer = Transfer::web(answer, &self.url, self.settings().stall_timeout);
         let mut bytes = BytesMut::new();
         while let Some(chunk) = transfer.next(progress).await? {
@@ -221,7 +237,7 @@ impl Source {
     /// its end. One attempt.
     pub async fn open(&self, info: &SourceInfo, from: u64, end: Option<u64>) -> Result<Transfer, Failure> {
         let Some(path) = self.path() else {
-            let answer = self.web().get(info, from, end.map(|end| end - from)).await?;
+            let answer = self.web()?.get(info, from, end.map(|end| end - from)).await?;
             return Ok(Transfer::web(answer, &self.url, self.settings().stall_timeout));
         };
         let (opened, shared) = (path.clone(), info.clone());
