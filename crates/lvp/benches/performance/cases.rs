@@ -6,9 +6,8 @@
 //! | limited | lvp with an empty cache; curl alone; both from a server of 100 MB/s |
 //! | size | lvp with the image cached, onto 5 GiB; the same onto 50 GiB |
 //! | share | lvp with a base of the image, on a file system with reflinks; lvp with the image cached, to a new file |
+//! | thin | the same on LVM, in the test machine: see [`thin`] |
 //! | start | a command of lvp that does nothing |
-//!
-//! It leaves out a thin pool, which needs device-mapper.
 
 use std::{collections::BTreeMap, env, fs, path::Path, thread};
 
@@ -27,7 +26,7 @@ use xtask::{
 use crate::{
     alone,
     measure::{Run, Spread, round},
-    report,
+    report, thin,
     ways::{Bench, Offered, Part, Place, write_zeros},
 };
 
@@ -105,6 +104,9 @@ pub fn run(effort: &Effort) -> Result<Vec<Value>> {
     for images in roots.into_iter().flatten().filter(|images| effort.wants(&format!("share {}", images.root.name))) {
         groups.push(share(effort, &minio, images)?);
     }
+    if effort.wants("thin small") && !effort.quick {
+        groups.push(thin::thin(&small, effort.repetitions(3))?);
+    }
     if effort.wants("start") {
         groups.push(start(effort, &small)?);
     }
@@ -162,7 +164,7 @@ impl Runs {
 }
 
 /// A comparison with its goal.
-fn ratio(what: &str, to: &str, spread: Spread, goal: Option<f64>) -> Value {
+pub fn ratio(what: &str, to: &str, spread: Spread, goal: Option<f64>) -> Value {
     let met = goal.map(|goal| round(spread.median) <= goal);
     json!({ "what": what, "to": to, "ratio": spread.json(), "goal": goal, "met": met })
 }

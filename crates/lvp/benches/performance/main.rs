@@ -7,8 +7,7 @@
 //! ```
 //! Needs root (loop devices), qemu-utils, curl, time, mmdebstrap and Go: the content is Debian, the store is MinIO, both
 //! made once and kept outside the repository. Every way is a process of its own, and the ways of a case take turns, so
-//! that a busy machine disturbs them alike. `BENCH_ONLY=word,word` runs the cases whose names have one of the words. It
-//! leaves out LVM, which needs a machine with device-mapper.
+//! that a busy machine disturbs them alike. `BENCH_ONLY=word,word` runs the cases whose names have one of the words.
 
 mod alone;
 mod cases;
@@ -17,6 +16,7 @@ mod document;
 mod machine;
 mod measure;
 mod report;
+mod thin;
 mod ways;
 
 use std::{
