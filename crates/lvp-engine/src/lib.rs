@@ -8,6 +8,7 @@
 //!  row 2   provision                 the use case as a list of steps: where the siblings below meet
 //!  row 1   image format volume job   sources and cache · readers and copy · backends · queue, runner, store
 //!  row 0   watermark                 how far a file is good
+//!  row 0   qcow2_file                qcow2 files that lvp makes, and which file below one names
 //!  row 0   host db progress metrics task
 //!  row 0   error
 //! ```
@@ -23,6 +24,7 @@ mod image;
 mod job;
 mod metrics;
 mod provision;
+mod qcow2_file;
 mod settings;
 mod task;
 mod volume;

@@ -11,6 +11,7 @@ mod defects;
 mod golden;
 mod images;
 mod jobs;
+mod linked;
 mod one_pass;
 mod qcow2_volumes;
 mod receipts;
