@@ -19,6 +19,8 @@ use std::{
     os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
+    thread,
+    time::Duration,
 };
 
 use lvp_api::{ContentDigest, Digest, ErrorCode, JobId};
@@ -48,6 +50,9 @@ const READ_ONLY: u32 = 0o400;
 const PROBE: usize = 64 << 10;
 /// `st_blocks` counts these (stat(2)), whatever the file system's blocks are.
 const STAT_BLOCK: u64 = 512;
+/// A lock is asked for so many times, so far apart: it is held for a moment only.
+const LOCK_TRIES: u32 = 40;
+const BETWEEN_TRIES: Duration = Duration::from_millis(50);
 
 /// What stands on a complete base, in the attribute that holds the tags of a volume.
 #[derive(Debug, Serialize, Deserialize)]
@@ -276,15 +281,17 @@ fn names_below(path: &Path, name: &str, base: &str) -> Result<bool> {
     }
 }
 
-/// Locks the file of a base; whoever holds the other lock makes an overlay on it, or removes it.
+/// Locks the file of a base; whoever holds the other lock makes an overlay on it, or removes it, which takes a moment. So does
+/// a program that is being started: it has the lock until it is another program.
 fn lock(file: &File, path: &Path, operation: FlockOperation) -> Result<()> {
-    flock(file, operation).map_err(|error| match error {
-        Errno::WOULDBLOCK => {
-            Error::new(ErrorCode::ImageInUse, format!("base {} is being linked to or removed", path.display()))
-                .hint("try again in a moment")
+    for _ in 0..LOCK_TRIES {
+        match flock(file, operation) {
+            Err(Errno::WOULDBLOCK) => thread::sleep(BETWEEN_TRIES),
+            locked => return locked.map_err(|error| Error::io("locking", path, error.into())),
         }
-        error => Error::io("locking", path, error.into()),
-    })
+    }
+    Err(Error::new(ErrorCode::ImageInUse, format!("base {} is being linked to or removed", path.display()))
+        .hint("try again in a moment"))
 }
 
 fn open_to_read(path: &Path) -> std::io::Result<File> {
