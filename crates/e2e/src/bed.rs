@@ -174,10 +174,22 @@ impl World {
     /// # Errors
     /// libvirt refuses.
     pub fn paused_domain(&self, name: &str, device: &str) -> Result<()> {
+        self.start_paused(name, &format!("<source dev='{device}'/>"), "block", "raw")
+    }
+
+    /// As [`World::paused_domain`], with a file of this format as its disk.
+    ///
+    /// # Errors
+    /// As [`World::paused_domain`].
+    pub fn paused_domain_on(&self, name: &str, file: &str, format: &str) -> Result<()> {
+        self.start_paused(name, &format!("<source file='{file}'/>"), "file", format)
+    }
+
+    fn start_paused(&self, name: &str, source: &str, kind: &str, format: &str) -> Result<()> {
         let xml = format!(
             "<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>
              <os><type arch='x86_64' machine='q35'>hvm</type></os><devices>
-             <disk type='block' device='disk'><driver name='qemu' type='raw'/><source dev='{device}'/>
+             <disk type='{kind}' device='disk'><driver name='qemu' type='{format}'/>{source}
              <target dev='vda' bus='virtio'/></disk></devices></domain>"
         );
         let path = format!("/var/lib/bed/{name}.xml");

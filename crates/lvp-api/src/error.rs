@@ -116,7 +116,7 @@ error_codes! {
     VolumeNotOurs = "volume_not_ours", 409, CONFLICT, false;
     /// The volume was made by lvp; removing it needs `force`.
     ForceRequired = "force_required", 409, CONFLICT, false;
-    /// The cached image is used by a running job.
+    /// The cached image is used by a running job, or volumes are linked to its base.
     ImageInUse = "image_in_use", 409, CONFLICT, true;
     /// The cached image is pinned.
     ImagePinned = "image_pinned", 409, CONFLICT, false;

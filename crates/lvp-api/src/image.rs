@@ -122,6 +122,10 @@ pub struct BaseVolume {
     /// The bytes that it took when it was made, where known. Volumes made of it share them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub used_bytes: Option<u64>,
+    /// How many volumes are linked to it and need it, so that it is not removed; absent where that cannot be told. Volumes
+    /// that share its blocks do not need it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub linked_volumes: Option<u64>,
 }
 
 /// Asks for an image in the cache, for a later provision.

@@ -13,6 +13,8 @@ pub enum VolumeAction {
     Create,
     /// It would be created as a copy of the image's base, which is there: nothing is fetched or written.
     Clone,
+    /// It would be created as an overlay on the image's base, which is there: nothing is fetched or written.
+    Link,
     /// It is there and would be overwritten.
     Reuse,
 }

@@ -43,6 +43,9 @@ pub struct Receipt {
     /// Bytes shared with the base volume of this image.
     #[serde(default)]
     pub bytes_shared: u64,
+    /// The base that the volume is linked to, and needs; absent where it needs no other file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub linked_to: Option<String>,
     /// How long each stage was shown; the fetch and the copy of a new volume overlap.
     pub stages: Vec<StageTime>,
 }

@@ -47,7 +47,7 @@ pub enum DiskFormat {
     /// As it is, in a sparse file `NAME.raw`.
     #[default]
     Raw,
-    /// As a qcow2 image that needs no other file, `NAME.qcow2`.
+    /// As a qcow2 image, `NAME.qcow2`. It needs no other file, unless its target is linked.
     Qcow2,
 }
 

@@ -26,6 +26,9 @@ pub struct Volume {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub image_digest: Option<Digest>,
+    /// The base that it is linked to: the file below it, which it needs. Absent where it needs no other file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub linked_to: Option<String>,
     /// What its last provision did, as long as nothing is known to have changed it. Only in the answer for a single volume.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub receipt: Option<Receipt>,

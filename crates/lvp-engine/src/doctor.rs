@@ -4,7 +4,7 @@
 
 use std::{env, os::unix::fs::PermissionsExt, path::Path};
 
-use lvp_api::{ByteSize, Check, HealthStatus, TargetSpec};
+use lvp_api::{ByteSize, Check, DiskFormat, HealthStatus, TargetSpec};
 
 use crate::{
     error::Result,
@@ -13,7 +13,7 @@ use crate::{
     image::probe_store,
     settings::{EngineSettings, LIBVIRT_URI, LibvirtSetting, POOL},
     task::blocking,
-    volume::{Target, Targets},
+    volume::{Target, Targets, Volume},
 };
 
 /// Everything, in the order in which a host is set up.
@@ -162,12 +162,36 @@ async fn libvirt(settings: &EngineSettings) -> Check {
 }
 
 async fn target(name: &str, target: Target) -> Check {
-    let label = target.backend.label();
-    let space: Result<_> = blocking(move || target.backend.space()).await;
-    let words = space.map(|space| {
-        (HealthStatus::Healthy, format!("{label}: {} of {} free", ByteSize(space.free), ByteSize(space.total)))
-    });
-    check(&format!("target:{name}"), words)
+    let (name, label) = (format!("target:{name}"), target.backend.label());
+    let found: Result<_> = blocking(move || {
+        let volumes = if target.format == DiskFormat::Qcow2 { target.backend.list()? } else { Vec::new() };
+        Ok((target.backend.space()?, volumes))
+    })
+    .await;
+    match found {
+        Err(error) => check(&name, Err(error)),
+        Ok((space, volumes)) => {
+            let free = format!("{label}: {} of {} free", ByteSize(space.free), ByteSize(space.total));
+            match without_base(&volumes) {
+                None => seen(&name, HealthStatus::Healthy, free, None),
+                Some(lost) => {
+                    let hint = "bring the base back from a backup, with its extended attributes (cp -a); \
+                                until then the volume cannot be read";
+                    seen(&name, HealthStatus::Unhealthy, format!("{free}; {lost}"), Some(hint))
+                }
+            }
+        }
+    }
+}
+
+/// Which volumes are linked to what is not there.
+fn without_base(volumes: &[Volume]) -> Option<String> {
+    let lost: Vec<String> = volumes
+        .iter()
+        .filter_map(|volume| Some((&volume.name, volume.link.as_ref().filter(|link| link.base.is_none())?)))
+        .map(|(volume, link)| format!("{volume} needs {}, which is not there or no complete base", link.name))
+        .collect();
+    (!lost.is_empty()).then(|| lost.join("; "))
 }
 
 async fn store(settings: &EngineSettings) -> Vec<Check> {

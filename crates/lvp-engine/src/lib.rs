@@ -8,6 +8,7 @@
 //!  row 2   provision                 the use case as a list of steps: where the siblings below meet
 //!  row 1   image format volume job   sources and cache · readers and copy · backends · queue, runner, store
 //!  row 0   watermark zero            how far a file is good; whether bytes are zero
+//!  row 0   qcow2_file                qcow2 files that lvp makes, and which file below one names
 //!  row 0   host db progress metrics task
 //!  row 0   error limit               what went wrong; how fast work may go
 //! ```
@@ -24,6 +25,7 @@ mod job;
 mod limit;
 mod metrics;
 mod provision;
+mod qcow2_file;
 mod settings;
 mod task;
 mod volume;

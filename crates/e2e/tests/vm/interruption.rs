@@ -2,6 +2,7 @@
 
 use anyhow::{Result, ensure};
 use e2e::{bed::World, product::Product};
+use serde_json::Value;
 
 use crate::{JOB, Scenario};
 
@@ -21,12 +22,23 @@ pub const SCENARIOS: &[Scenario] = &[
 /// Slow enough that a job on the large image takes many seconds.
 const SLOW: u64 = 12 << 20;
 
+/// A request for the large image on the volume `web`, which does not end before somebody ends it.
+fn lasting(world: &World) -> Result<Value> {
+    let mut request = world.publish(&world.large)?.onto("web", "96M");
+    request["limit_rate"] = "4M".into();
+    Ok(request)
+}
+
 /// A daemon with a job that is writing the large image to the volume `web`.
 fn populating<'world>(world: &'world World, name: &str) -> Result<(Product<'world>, String)> {
-    let published = world.publish(&world.large)?;
+    let request = world.publish(&world.large)?.onto("web", "96M");
+    populating_by(world, name, &request)
+}
+
+fn populating_by<'world>(world: &'world World, name: &str, request: &Value) -> Result<(Product<'world>, String)> {
     let daemon = world.serve(name)?;
     world.throttle(SLOW)?;
-    let id = daemon.provision(&published.onto("web", "96M"))?;
+    let id = daemon.provision(request)?;
     daemon.populating(&id)?;
     Ok((daemon, id))
 }
@@ -46,7 +58,7 @@ fn milliseconds_to_stop(world: &World, daemon: &Product<'_>, id: &str) -> Result
 }
 
 fn a_cancel_removes_the_new_volume(world: &World) -> Result<()> {
-    let (daemon, id) = populating(world, "cancel")?;
+    let (daemon, id) = populating_by(world, "cancel", &lasting(world)?)?;
     let milliseconds = milliseconds_to_stop(world, &daemon, &id)?;
     let job = daemon.job_ended(&id, JOB)?;
     ensure!(job["status"] == "cancelled" && job["details"].get("not_undone").is_none(), "{job:#}");
@@ -60,7 +72,7 @@ fn a_cancel_keeps_the_reused_volume(world: &World) -> Result<()> {
     world.make_volume("web", "--size 96M")?;
     world.vm.run_ok("lvchange --addtag backup vg0/web")?;
     let uuid = world.fact("web", "lv_uuid")?;
-    let (daemon, id) = populating(world, "keep")?;
+    let (daemon, id) = populating_by(world, "keep", &lasting(world)?)?;
     let milliseconds = milliseconds_to_stop(world, &daemon, &id)?;
     let job = daemon.job_ended(&id, JOB)?;
     ensure!(milliseconds < 1000, "the writer went on for {milliseconds} ms");
@@ -77,16 +89,15 @@ fn a_cancel_keeps_the_reused_volume(world: &World) -> Result<()> {
 
 /// Waits until a job downloads.
 fn downloading(daemon: &Product<'_>, id: &str) -> Result<()> {
-    let begun = |job: &serde_json::Value| {
+    let begun = |job: &Value| {
         job["progress"]["stage"] == "downloading" && job["progress"]["bytes_processed"].as_u64() > Some(0)
     };
     daemon.job_when(id, JOB, begun).map(drop)
 }
 
 fn a_cancel_of_a_download_leaves_nothing(world: &World) -> Result<()> {
-    let published = world.publish(&world.large)?;
     let daemon = world.serve("unwanted")?;
-    let id = daemon.provision(&published.onto("web", "96M"))?;
+    let id = daemon.provision(&lasting(world)?)?;
     downloading(&daemon, &id)?;
     ensure!(daemon.delete(&format!("/api/v1/jobs/{id}"))?.status == 200);
     ensure!(daemon.job_ended(&id, JOB)?["status"] == "cancelled");
@@ -124,9 +135,8 @@ fn a_killed_job_on_a_reused_volume_resumes(world: &World) -> Result<()> {
 }
 
 fn a_killed_download_resumes_and_completes(world: &World) -> Result<()> {
-    let published = world.publish(&world.large)?;
     let daemon = world.serve("broken")?;
-    let id = daemon.provision(&published.onto("web", "96M"))?;
+    let id = daemon.provision(&lasting(world)?)?;
     downloading(&daemon, &id)?;
     daemon.process.kill_9()?;
     expect_resumed(world, &daemon, &id)?;
@@ -136,7 +146,7 @@ fn a_killed_download_resumes_and_completes(world: &World) -> Result<()> {
 }
 
 fn a_job_to_be_cancelled_when_killed_is_taken_back(world: &World) -> Result<()> {
-    let (daemon, id) = populating(world, "both")?;
+    let (daemon, id) = populating_by(world, "both", &lasting(world)?)?;
     let (process, url) = (daemon.process.id()?, daemon.url(&format!("/api/v1/jobs/{id}")));
     world.vm.run_ok(&format!("curl -sS --fail -X DELETE {url} >/dev/null; kill -KILL {process}"))?;
     world.vm.run_ok(&format!("while systemctl is-active --quiet {}; do sleep 0.05; done", daemon.process.unit()))?;

@@ -11,6 +11,7 @@ mod cache;
 mod command;
 mod conformance;
 mod interruption;
+mod linked;
 mod provision;
 mod queue;
 mod refusal;
@@ -40,6 +41,7 @@ const SUBJECTS: &[(&str, &[Scenario])] = &[
     ("conformance", conformance::SCENARIOS),
     ("provision", provision::SCENARIOS),
     ("bases", bases::SCENARIOS),
+    ("linked", linked::SCENARIOS),
     ("reuse", reuse::SCENARIOS),
     ("refusal", refusal::SCENARIOS),
     ("source", source::SCENARIOS),

@@ -54,9 +54,11 @@ fn a_store_that_is_down_is_unreachable(world: &World) -> Result<()> {
 }
 
 fn a_store_that_restarts_is_no_failure(world: &World) -> Result<()> {
-    let published = world.publish(&world.large)?;
+    let mut request = world.publish(&world.large)?.onto("web", "96M");
+    // So that it is not over before the store stops.
+    request["limit_rate"] = "4M".into();
     let daemon = world.serve("restart")?;
-    let id = daemon.provision(&published.onto("web", "96M"))?;
+    let id = daemon.provision(&request)?;
     let size = world.large.path.metadata()?.len();
     daemon.job_when(&id, JOB, |job| {
         let bytes = job["progress"]["bytes_processed"].as_u64().unwrap_or_default();

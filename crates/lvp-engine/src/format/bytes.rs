@@ -47,6 +47,9 @@ pub trait Bytes: Send + Sync {
         Ok((offset < self.len()).then(|| offset..self.len()))
     }
 
+    /// Drops what the page cache holds of a range; only advice, and nothing where there is no such cache.
+    fn forget(&self, _offset: u64, _length: u64) {}
+
     /// What to call it in an error: a path or a URL.
     fn name(&self) -> String;
 }
@@ -88,11 +91,6 @@ impl FileBytes {
         Ok(bytes)
     }
 
-    /// Drops what the page cache holds of a range; only advice.
-    pub fn forget(&self, offset: u64, length: u64) {
-        let _ = fadvise(&self.file, self.start + offset, std::num::NonZeroU64::new(length), Advice::DontNeed);
-    }
-
     fn new(file: File, path: PathBuf, length: u64) -> Self {
         // Only advice: a file system that does not take it reads as well, if slower.
         let _ = fadvise(&file, 0, None, Advice::Sequential);
@@ -123,6 +121,10 @@ impl Bytes for FileBytes {
         let end = seek(&self.file, SeekFrom::Hole(start)).map_err(failed)?;
         let (start, end) = (start - self.start, (end - self.start).min(self.length));
         Ok((start < end).then_some(start..end))
+    }
+
+    fn forget(&self, offset: u64, length: u64) {
+        let _ = fadvise(&self.file, self.start + offset, std::num::NonZeroU64::new(length), Advice::DontNeed);
     }
 
     fn name(&self) -> String {

@@ -1,15 +1,15 @@
 //! Volumes that are qcow2 files: readied for the copy, which writes the disk's bytes behind the place of the tables, and made
-//! images after it. It leaves out what the copy writes, and the tables themselves: `qcow2::write`.
+//! images after it. It leaves out what the copy writes, and the tables themselves: `qcow2_file`.
 
 use std::{
     fs::{File, OpenOptions},
     path::Path,
 };
 
-use super::qcow2::{Layout, complete};
 use crate::{
     error::{Error, Result},
     host::block::BlockTarget,
+    qcow2_file::{Layout, complete},
 };
 
 /// Gives the empty file of a volume its length, and the target in it to copy to.

@@ -21,6 +21,7 @@ mod container;
 mod content;
 mod error;
 mod magic;
+mod overlay;
 mod populate;
 mod qcow2;
 mod raw;
@@ -35,6 +36,7 @@ use lvp_api::{ErrorCode, ImageFormat};
 
 pub use bytes::{Bytes, FileBytes, GrowingBytes};
 pub use container::{begin_qcow2, end_qcow2, qcow2_data_offset};
+pub use overlay::OverlayBytes;
 pub use populate::{Counts, PopulateOptions, Populated, populate, sync};
 pub use qcow2::Decoder;
 use stream::{Compression, Disk};

@@ -4,7 +4,6 @@
 //! left to others. It leaves out which digest and which image it should be.
 
 use std::{
-    path::Path,
     sync::{Arc, Mutex, PoisonError},
     thread,
 };
@@ -12,7 +11,7 @@ use std::{
 use lvp_api::ContentDigest;
 
 use super::{
-    Bytes, Content, Decoder, Extent, FileBytes, Header, Image, Layout,
+    Bytes, Content, Decoder, Extent, Header, Image, Layout,
     content::{ContentHasher, leaves},
     populate::{CHUNK, Piece, Plan},
 };
@@ -22,22 +21,15 @@ use crate::{
     progress::Progress,
 };
 
-/// The digest of the first `end` bytes of a volume, which begin at `start` of its file or device. Holes of a file are not
-/// read.
+/// The digest of the bytes of a volume's disk. Holes are not read.
 ///
 /// # Errors
-/// `input_output`, the stop of the job.
-pub fn content_digest(
-    volume: &Path,
-    start: u64,
-    end: u64,
-    workers: usize,
-    progress: &Progress,
-) -> Result<ContentDigest> {
-    let bytes = Arc::new(FileBytes::of_volume(volume, start, end)?);
-    let image = Image::unproven(bytes.clone(), raw_header(end), None);
+/// What reading gives, the stop of the job.
+pub fn content_digest(disk: &Arc<dyn Bytes>, workers: usize, progress: &Progress) -> Result<ContentDigest> {
+    let end = disk.len();
+    let image = Image::unproven(disk.clone(), raw_header(end), None);
     let reading = Reading {
-        bytes: &bytes,
+        bytes: &**disk,
         image: &image,
         plan: Mutex::new(Plan::new(image.extents(), end, CHUNK)),
         content: ContentHasher::default(),
@@ -52,29 +44,25 @@ pub fn content_digest(
     Ok(reading.content.finish())
 }
 
-/// The first byte of the first `end` bytes of a volume, which begin at `start` of its file or device, that is neither the image's nor zero behind it.
+/// The first byte of a volume's disk that is neither the image's nor zero behind it.
 ///
 /// # Errors
-/// `input_output`, `image_invalid`, the stop of the job.
-pub fn first_difference(
-    image: &Image,
-    volume: &Path,
-    start: u64,
-    end: u64,
-    progress: &Progress,
-) -> Result<Option<u64>> {
-    let bytes = FileBytes::of_volume(volume, start, end)?;
+/// What reading gives, `image_invalid`, the stop of the job.
+pub fn first_difference(image: &Image, disk: &dyn Bytes, progress: &Progress) -> Result<Option<u64>> {
+    // The device is asked, whoever read it before.
+    disk.forget(0, disk.len());
     // A thread of its own, because it is confined for good.
     thread::scope(|scope| {
         let comparison = scope.spawn(|| {
             confine_decoder(&[]);
-            compare(image, &bytes, end, progress)
+            compare(image, disk, progress)
         });
         comparison.join().unwrap_or_else(|_| Err(Error::internal("the thread that compared the volume panicked")))
     })
 }
 
-fn compare(image: &Image, bytes: &FileBytes, end: u64, progress: &Progress) -> Result<Option<u64>> {
+fn compare(image: &Image, bytes: &dyn Bytes, progress: &Progress) -> Result<Option<u64>> {
+    let end = bytes.len();
     let chunk = CHUNK.max(image.cluster_size());
     let mut plan = Plan::new(image.extents(), end, chunk);
     let (mut decoder, mut wanted, mut found) = (Decoder::new()?, vec![0; chunk as usize], vec![0; chunk as usize]);
@@ -119,7 +107,7 @@ fn raw_header(end: u64) -> Header {
 
 /// What the threads of one reading share.
 struct Reading<'a> {
-    bytes: &'a FileBytes,
+    bytes: &'a dyn Bytes,
     image: &'a Image,
     plan: Mutex<Plan<'a>>,
     content: ContentHasher,
@@ -156,7 +144,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        format::{PopulateOptions, populate},
+        format::{FileBytes, PopulateOptions, populate},
         host::block::BlockTarget,
     };
 
@@ -190,17 +178,20 @@ mod tests {
                 );
                 let done = done.unwrap();
                 let end = size - done.counts.bytes_left;
-                assert_eq!(content_digest(&volume, 0, end, 2, &Progress::default()).unwrap(), done.content);
-                assert_eq!(first_difference(&image, &volume, 0, end, &Progress::default()).unwrap(), None);
+                let disk: Arc<dyn Bytes> = Arc::new(FileBytes::of_volume(&volume, 0, end).unwrap());
+                let (digest, difference) = (
+                    || content_digest(&disk, 2, &Progress::default()).unwrap(),
+                    || first_difference(&image, &*disk, &Progress::default()).unwrap(),
+                );
+                assert_eq!((digest(), difference()), (done.content.clone(), None));
                 digests.push(done.content.clone());
                 for at in [0, 5 * MIB + 77, end - 1] {
                     let file = fs::OpenOptions::new().read(true).write(true).open(&volume).unwrap();
                     let mut byte = [0];
                     file.read_exact_at(&mut byte, at).unwrap();
                     file.write_all_at(&[byte[0] ^ 1], at).unwrap();
-                    assert_ne!(content_digest(&volume, 0, end, 2, &Progress::default()).unwrap(), done.content);
-                    let found = first_difference(&image, &volume, 0, end, &Progress::default()).unwrap();
-                    assert_eq!(found, Some(at));
+                    assert_ne!(digest(), done.content);
+                    assert_eq!(difference(), Some(at));
                     file.write_all_at(&byte, at).unwrap();
                 }
                 fs::remove_file(volume).unwrap();

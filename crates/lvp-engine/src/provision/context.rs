@@ -75,8 +75,8 @@ pub enum Claim {
 enum Claimed {
     /// It is this job's to write.
     For(Claim),
-    /// An attempt before wrote it to the end; it has so many bytes.
-    Done(u64),
+    /// An attempt before wrote it to the end.
+    Done(Box<Volume>),
 }
 
 /// One job under way.
@@ -197,7 +197,7 @@ impl Context {
         let before = self.record.clone();
         let claim = blocking(move || match find_settled(&*backend, &wanted.name)? {
             // An earlier attempt came to the end, and only that was not recorded. Its user may have the volume by now.
-            Some(volume) if before.is_on(&volume) => Ok(Claimed::Done(volume.size)),
+            Some(volume) if before.is_on(&volume) => Ok(Claimed::Done(Box::new(volume))),
             Some(volume) if before.claim == Some(Claim::Make) && volume.tags.job == Some(job) => {
                 Ok(Claimed::For(Claim::Make))
             }
@@ -214,9 +214,9 @@ impl Context {
         });
         match claim.await? {
             Claimed::For(claim) => self.record.claim = Some(claim),
-            Claimed::Done(size) => {
+            Claimed::Done(volume) => {
                 self.record.finished = true;
-                self.record.receipt = self.record.receipt.take().or_else(|| self.receipt(size));
+                self.record.receipt = self.record.receipt.take().or_else(|| self.receipt(&volume));
             }
         }
         Ok(())
@@ -325,12 +325,12 @@ impl Context {
         if self.record.finished {
             return Ok(());
         }
-        let size = self.finish_destination().await?;
+        let volume = self.finish_destination().await?;
         self.record.finished = true;
         self.record.overwriting = false;
-        self.record.receipt = self.receipt(size);
-        self.progress.enter(Stage::Finalizing, size);
-        self.progress.set_processed(size);
+        self.record.receipt = self.receipt(&volume);
+        self.progress.enter(Stage::Finalizing, volume.size);
+        self.progress.set_processed(volume.size);
         (self.image, self.base_lock) = (None, None);
         Ok(())
     }
@@ -349,8 +349,9 @@ impl Context {
         }
     }
 
-    /// What was done, for a volume of so many bytes.
-    fn receipt(&self, volume_bytes: u64) -> Option<Receipt> {
+    /// What was done, for the volume as it is now.
+    fn receipt(&self, volume: &Volume) -> Option<Receipt> {
+        let volume_bytes = volume.size;
         let Populated { counts, content } = self.record.populated.clone()?;
         // What a clone has behind its base was never written.
         let (shared, behind) = match &self.destination {
@@ -373,6 +374,7 @@ impl Context {
             bytes_skipped: counts.bytes_skipped + behind,
             bytes_left: counts.bytes_left,
             bytes_shared: shared,
+            linked_to: volume.link.as_ref().map(|link| link.name.clone()),
             stages: self.progress.stage_times(),
         })
     }

@@ -7,6 +7,7 @@
 //!  Base           an unsealed base             image                         synced, sealed, cloned, tagged
 //!  Clone          a copy of a sealed base      (nothing)                     tagged
 //! ```
+//! In a linked target a copy is an overlay, which needs its base from then on.
 //! It leaves out the one pass itself (`transfer`) and bases (`sharing`).
 
 use lvp_api::DiskFormat;
@@ -156,8 +157,8 @@ impl Context {
         transfer.run().await
     }
 
-    /// Ends the writing: everything is on the device, and the volume says what it holds. Gives the volume's size.
-    pub(super) async fn finish_destination(&mut self) -> Result<u64> {
+    /// Ends the writing: everything is on the device, and the volume says what it holds. Gives the volume.
+    pub(super) async fn finish_destination(&mut self) -> Result<Volume> {
         let (backend, wanted) = self.backend()?;
         if let Some(Destination::Base(target)) = &self.destination {
             self.finish_base(target.clone()).await?;
@@ -176,7 +177,7 @@ impl Context {
             }
             let volume = find_existing(&*backend, &wanted)?;
             backend.set_image(&volume, digest.as_ref())?;
-            Ok(volume.size)
+            Ok(volume)
         })
         .await
     }

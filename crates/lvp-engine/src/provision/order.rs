@@ -57,6 +57,9 @@ pub struct VolumeOrder {
     /// How a file holds the disk, likewise.
     #[serde(default)]
     pub format: DiskFormat,
+    /// Whether it is to be an overlay on a base, likewise.
+    #[serde(default)]
+    pub linked: bool,
 }
 
 impl VolumeOrder {
@@ -64,7 +67,7 @@ impl VolumeOrder {
     pub fn settings(&self) -> Result<TargetSettings> {
         let spec: TargetSpec =
             self.target.parse().map_err(|invalid| Error::invalid(ErrorCode::InvalidTarget, &invalid))?;
-        Ok(TargetSettings { spec, zero: self.zero, format: self.format })
+        Ok(TargetSettings { spec, zero: self.zero, format: self.format, linked: self.linked })
     }
 }
 
@@ -87,11 +90,15 @@ impl Order {
             correlation_id: request.correlation_id.as_ref(),
             limit_rate: request.limit_rate,
         };
-        image.order(
-            sources,
-            trusted,
-            Some(VolumeOrder { name, size, target: target.spec.to_string(), zero: target.zero, format: target.format }),
-        )
+        let volume = VolumeOrder {
+            name,
+            size,
+            target: target.spec.to_string(),
+            zero: target.zero,
+            format: target.format,
+            linked: target.linked,
+        };
+        image.order(sources, trusted, Some(volume))
     }
 
     /// From a request to fetch an image.

@@ -242,7 +242,11 @@ pub async fn plan(services: &Arc<Services>, order: &Order) -> Result<Plan> {
                 image.map_or(Ok(()), |size| fits(size, &wanted))?;
                 admit(&*backend, &wanted)?;
                 let size = wanted.size.checked_next_multiple_of(backend.capabilities()?.granularity);
-                let action = if is_cloned { VolumeAction::Clone } else { VolumeAction::Create };
+                let action = match (is_cloned, wanted.linked) {
+                    (false, _) => VolumeAction::Create,
+                    (true, false) => VolumeAction::Clone,
+                    (true, true) => VolumeAction::Link,
+                };
                 (action, size.unwrap_or(wanted.size))
             }
         };
@@ -283,12 +287,21 @@ mod tests {
             target: "lvm:vg0".to_owned(),
             zero: ZeroPolicy::Full,
             format: DiskFormat::Raw,
+            linked: false,
         }
     }
 
     fn existing(size: u64, unsuitable: Option<&'static str>) -> Volume {
         let name: VolumeName = "web-1".parse().unwrap();
-        Volume { name, path: PathBuf::from("/dev/vg0/web-1"), size, tags: Tags::default(), open: false, unsuitable }
+        Volume {
+            name,
+            path: PathBuf::from("/dev/vg0/web-1"),
+            size,
+            tags: Tags::default(),
+            open: false,
+            unsuitable,
+            link: None,
+        }
     }
 
     #[test]

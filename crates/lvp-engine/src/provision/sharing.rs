@@ -4,6 +4,8 @@
 //!  a base of the image is there ───────────────────────────────────────────► clone ──► volume
 //!  none, and the place has bases ──► unsealed base ──► written ──► sealed ──► clone ──► volume
 //! ```
+//! In a linked target a clone is an overlay that needs its base: such a base is not removed.
+//!
 //! One job at a time looks for, makes or removes the base of one image in one place: who comes meanwhile waits and then
 //! finds it. Where the digest is not known before the image came, two jobs may both make one; the first to seal wins.
 //! It leaves out what a base is stored in: see `volume`.
@@ -22,7 +24,7 @@ use crate::{
     host::block::BlockTarget,
     progress::Progress,
     task::blocking,
-    volume::{Base, NewVolume, Targets, Volume, VolumeBackend},
+    volume::{Base, BaseStore, NewVolume, Targets, Volume, VolumeBackend, refuse_needed},
 };
 
 /// The fewest digits of a digest that name an image.
@@ -128,26 +130,32 @@ pub async fn clone_base(
 pub fn all_bases(targets: &Targets) -> Result<Vec<BaseVolume>> {
     let mut found = BTreeMap::new();
     for (_, target) in targets.all()? {
-        let listed = target.backend.bases().and_then(|bases| bases.map_or(Ok(Vec::new()), |bases| bases.list()));
+        let listed = target.backend.bases().and_then(|store| {
+            let Some(store) = store else { return Ok(Vec::new()) };
+            let view = |base| view_base(&*store, base, target.backend.label());
+            Ok(store.list()?.into_iter().map(view).collect::<Vec<_>>())
+        });
         match listed {
-            Ok(bases) => found.extend(bases.into_iter().map(|base| {
-                let (target, name) = (target.backend.label(), base.name);
-                let key = (target.clone(), name.clone());
-                let view = BaseVolume {
-                    target,
-                    name,
-                    image_digest: base.digest,
-                    size_bytes: base.size,
-                    used_bytes: base.used_bytes,
-                };
-                (key, view)
-            })),
+            Ok(bases) => found.extend(bases.into_iter().map(|base| ((base.target.clone(), base.name.clone()), base))),
             Err(error) => {
                 tracing::warn!(target = target.backend.label(), error = %error.chain(), "bases cannot be listed");
             }
         }
     }
     Ok(found.into_values().collect())
+}
+
+/// A base as the API shows it.
+fn view_base(store: &dyn BaseStore, base: Base, target: String) -> BaseVolume {
+    let linked_volumes = match store.needed_by(&base) {
+        Ok(needed_by) => Some(needed_by.len() as u64),
+        Err(error) => {
+            tracing::warn!(base = base.name, error = %error.chain(), "it cannot be told which volumes need a base");
+            None
+        }
+    };
+    let Base { digest, name, size, used_bytes, .. } = base;
+    BaseVolume { target, name, image_digest: digest, size_bytes: size, used_bytes, linked_volumes }
 }
 
 /// Says which unfinished bases no job of ours will come back for. They may be of another daemon, so they stay.
@@ -198,9 +206,15 @@ async fn digest_of_base(services: &Arc<Services>, text: &str) -> Result<Option<D
 /// Removes the bases of an image from all configured targets. Volumes that were made of them stay as they are.
 ///
 /// # Errors
-/// `image_in_use` when a job is about one of them.
+/// `image_in_use` when a job is about one of them, or a volume needs one: then none is removed.
 fn remove_bases(targets: &Targets, locks: &BaseLocks, digest: &Digest) -> Result<()> {
-    for (name, target) in targets.all()? {
+    let all = targets.all()?;
+    for (_, target) in &all {
+        let Ok(Some(bases)) = target.backend.bases() else { continue };
+        let Some(base) = bases.find(digest)? else { continue };
+        refuse_needed(&base, &target.backend.label(), &bases.needed_by(&base)?)?;
+    }
+    for (name, target) in all {
         let label = target.backend.label();
         let Ok(Some(bases)) = target.backend.bases() else { continue };
         let Some(base) = bases.find(digest)? else { continue };

@@ -50,6 +50,7 @@ pub fn view_volume(volume: Volume, target: &volume::Target) -> lvp_api::Volume {
         made_by_lvp: volume.tags.made_by_lvp,
         job_id: volume.tags.job,
         image_digest: volume.tags.image,
+        linked_to: volume.link.map(|link| link.name),
         receipt: None,
         in_use: None,
     }

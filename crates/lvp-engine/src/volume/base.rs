@@ -1,8 +1,8 @@
 //! Bases: read-only volumes that hold one decoded image each, so that other volumes can share their blocks.
 //!
-//! A place that can share blocks (a thin pool, a file system with reflinks) has a [`BaseStore`]. The job that decodes
-//! an image there first makes a base of it; its own volume and all later ones are clones, which cost a moment and no
-//! space, whatever the image's size.
+//! A place that can share blocks (a thin pool, a file system with reflinks) has a [`BaseStore`], and a directory whose volumes
+//! are to be overlays. The job that decodes an image there first makes a base of it; its own volume and all later ones are
+//! clones, which cost a moment and no space, whatever the image's size.
 //!
 //! ```text
 //!  nothing ── create ──► unsealed ── seal, first part ──► marked ── seal, last part ──► complete
@@ -15,8 +15,8 @@
 //!  marked     has its digests and is read-only, and still the name of its job: a crash leaves it so, and seal goes on
 //!  complete   has the name of its digest: given by a rename that replaces nothing, so there is one for each digest
 //! ```
-//! Only complete ones are found. A clone shares blocks with its base and does not need it: each block stays until the
-//! last that has it is gone, in whatever order they go.
+//! Only complete ones are found. A clone that shares blocks with its base does not need it: each block stays until the last
+//! that has it is gone, in whatever order they go. An overlay needs its base: it is not removed while there is one.
 //!
 //! It leaves out writing a base, when there is one to be made or removed, and who waits for whom: `provision` knows.
 
@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// So many digits of a digest stand in the name of its base; all of them in what is written on it.
-const DIGITS_IN_NAME: usize = 16;
+pub const DIGITS_IN_NAME: usize = 16;
 
 /// A complete base: read-only, holds one image to the last byte and zeros behind it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,16 +77,27 @@ pub trait BaseStore: Send + Sync {
     /// The jobs that have an unsealed base here.
     fn unsealed(&self) -> Result<Vec<JobId>>;
 
-    /// Makes a volume that shares the base's blocks, is writable and has the size asked for, rounded up, with zeros
-    /// behind the base's end. It has its tags from the first moment. A crash may leave it with the size of the base.
+    /// Makes a volume that shares the base's blocks, or stands on it, is writable and has the size asked for, rounded up, with
+    /// zeros behind the base's end. It has its tags from the first moment. A crash may leave it with the size of the base.
     ///
     /// # Errors
     /// `file_in_the_way` when the name is taken, `image_too_large` when the base is larger than the volume;
     /// `command_failed` or `input_output` when the base is gone.
     fn clone_base(&self, base: &Base, new: &NewVolume<'_>) -> Result<Volume>;
 
+    /// The files that stand on this base and need it, as its place shows them; of clones that share blocks, none.
+    ///
+    /// # Errors
+    /// `input_output` when that cannot be told of all files.
+    fn needed_by(&self, _base: &Base) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
     /// Removes the base of this digest; one that is gone already is no error. Volumes that share its blocks stay as they
     /// are.
+    ///
+    /// # Errors
+    /// `image_in_use` when a file stands on it; as [`needed_by`](Self::needed_by).
     fn remove(&self, digest: &Digest) -> Result<()>;
 }
 
@@ -113,6 +124,23 @@ pub fn fits(base: &Base, size: u64, new: &NewVolume<'_>) -> Result<()> {
     .hint("ask for a larger volume")
     .detail("base_bytes", base.size)
     .detail("volume_bytes", new.size))
+}
+
+/// Refuses to remove a base that these files need.
+pub fn refuse_needed(base: &Base, label: &str, needed_by: &[String]) -> Result<()> {
+    let Some(one) = needed_by.first() else { return Ok(()) };
+    let number = match needed_by.len() {
+        1 => "1 volume".to_owned(),
+        many => format!("{many} volumes"),
+    };
+    Err(Error::new(
+        ErrorCode::ImageInUse,
+        format!("base {} in {label} is needed by {number} linked to it, such as {one}", base.name),
+    )
+    .hint("delete the volumes first, or make them stand alone: `virsh blockpull`, or `qemu-img rebase -b ''` when they are off")
+    .detail("base", base.name.as_str())
+    .detail("volumes", needed_by.len())
+    .retry(false))
 }
 
 /// The error of sealing what is not there.

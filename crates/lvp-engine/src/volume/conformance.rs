@@ -38,6 +38,32 @@ pub fn run(backend: &dyn VolumeBackend) -> bool {
     true
 }
 
+/// The part of the suite that holds where volumes are qcow2 files and clones are overlays, which read in another way and need
+/// their base.
+pub fn run_linked(backend: &dyn VolumeBackend) {
+    an_absent_volume_is_absent(backend);
+    a_name_is_taken_once_and_left(backend);
+    a_size_is_rounded_up(backend);
+    let store = backend.bases().unwrap().expect("a linked directory has bases");
+    a_base_is_found_once_it_is_sealed(backend, &*store);
+    a_base_is_no_volume(backend, &*store);
+    let base = store.find(&digest("a0")).unwrap().unwrap();
+    clone_of(&*store, &base, "conformance-1", SIZE);
+    the_image_tag_follows_the_image(backend);
+    a_clone_that_cannot_be_is_refused(backend, &*store);
+    removing_twice_is_no_error(backend);
+    store.remove(&base.digest).unwrap();
+    what_is_discarded_or_begun_anew_is_gone(&*store);
+    assert_eq!((store.list().unwrap(), store.unsealed().unwrap()), (Vec::new(), Vec::new()));
+    assert_eq!(backend.list().unwrap(), Vec::new());
+}
+
+fn a_name_is_taken_once_and_left(backend: &dyn VolumeBackend) {
+    backend.create(&NewVolume { name: &name("conformance-1"), size: SIZE, job: job() }).unwrap();
+    a_name_is_taken_once(backend);
+    removing_twice_is_no_error(backend);
+}
+
 fn name(text: &str) -> VolumeName {
     text.parse().unwrap()
 }

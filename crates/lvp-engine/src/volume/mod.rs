@@ -15,10 +15,10 @@ mod targets;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use lvp_api::{Digest, DiskFormat, JobId, TargetSpec, VolumeName};
+use lvp_api::{Digest, JobId, TargetSpec, VolumeName};
 
 pub use self::{
-    base::{Base, BaseStore},
+    base::{Base, BaseStore, refuse_needed},
     directory::Directory,
     lvm::Lvm,
     targets::{Target, TargetSettings, Targets},
@@ -43,6 +43,17 @@ pub struct Volume {
     pub open: bool,
     /// Why it cannot take an image whatever its size, such as "it is a thin pool".
     pub unsuitable: Option<&'static str>,
+    /// What it stands on, where it is an overlay on a base.
+    pub link: Option<Link>,
+}
+
+/// What an overlay names below it, in the way in which lvp names its bases.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    /// The name.
+    pub name: String,
+    /// The base of this name and where it is; `None`: there is none, or what is there is no complete base.
+    pub base: Option<(Base, PathBuf)>,
 }
 
 /// What lvp wrote on a volume.
@@ -164,12 +175,13 @@ pub struct LockRetry {
 }
 
 /// The backend of a target. `Named` targets are resolved by the caller.
-pub fn backend(spec: &TargetSpec, format: DiskFormat, retry: &LockRetry) -> Result<Arc<dyn VolumeBackend>> {
-    match spec {
+pub fn backend(settings: &TargetSettings, retry: &LockRetry) -> Result<Arc<dyn VolumeBackend>> {
+    match &settings.spec {
         TargetSpec::Lvm { volume_group, thin_pool } => {
             Ok(Arc::new(Lvm::new(volume_group.clone(), thin_pool.clone(), retry.clone())))
         }
-        TargetSpec::Directory { path } => Ok(Arc::new(Directory::new(path.clone(), format))),
+        TargetSpec::Directory { path } if settings.linked => Ok(Arc::new(Directory::linked(path.clone()))),
+        TargetSpec::Directory { path } => Ok(Arc::new(Directory::new(path.clone(), settings.format))),
         TargetSpec::Named(name) => Err(Error::internal(format!("target '{name}' was not resolved"))),
     }
 }

@@ -23,11 +23,13 @@ pub struct TargetSettings {
     pub zero: ZeroPolicy,
     /// How its files hold their disks; raw where volumes are no files.
     pub format: DiskFormat,
+    /// Whether new volumes are overlays on a base in the same directory; of qcow2 files only.
+    pub linked: bool,
 }
 
 impl From<TargetSpec> for TargetSettings {
     fn from(spec: TargetSpec) -> Self {
-        Self { spec, zero: ZeroPolicy::Full, format: DiskFormat::Raw }
+        Self { spec, zero: ZeroPolicy::Full, format: DiskFormat::Raw, linked: false }
     }
 }
 
@@ -46,6 +48,8 @@ pub struct Target {
     pub zero: ZeroPolicy,
     /// How its files hold their disks.
     pub format: DiskFormat,
+    /// Whether new volumes are overlays on a base.
+    pub linked: bool,
     /// How to act on it.
     pub backend: Arc<dyn VolumeBackend>,
 }
@@ -107,8 +111,8 @@ impl Targets {
 
     /// The target of these settings, whatever is configured now.
     pub fn target(&self, settings: &TargetSettings) -> Result<Target> {
-        let TargetSettings { spec, zero, format } = settings.clone();
-        Ok(Target { backend: backend(&spec, format, &self.retry)?, spec, zero, format })
+        let TargetSettings { spec, zero, format, linked } = settings.clone();
+        Ok(Target { backend: backend(settings, &self.retry)?, spec, zero, format, linked })
     }
 
     fn not_found(&self, name: &str) -> Error {

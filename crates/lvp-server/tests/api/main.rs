@@ -12,6 +12,7 @@ mod golden;
 mod images;
 mod jobs;
 mod limits;
+mod linked;
 mod one_pass;
 mod qcow2_volumes;
 mod receipts;

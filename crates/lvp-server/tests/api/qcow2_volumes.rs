@@ -18,7 +18,7 @@ async fn bed() -> Bed {
             panic!()
         };
         let spec = TargetSpec::Directory { path: path.clone() };
-        let target = TargetSettings { spec, zero: ZeroPolicy::Full, format: DiskFormat::Qcow2 };
+        let target = TargetSettings { spec, zero: ZeroPolicy::Full, format: DiskFormat::Qcow2, linked: false };
         settings.targets.insert("default".to_owned(), target);
         settings.sources.stall_timeout = std::time::Duration::from_secs(1);
     })

@@ -102,9 +102,10 @@ async fn only_a_target_that_says_so_leaves_what_is_behind_the_image() {
     let bed = Bed::with(|settings| {
         let TargetSettings { spec: TargetSpec::Directory { path }, .. } = &settings.targets["other"] else { panic!() };
         let spec = TargetSpec::Directory { path: path.clone() };
-        settings
-            .targets
-            .insert("other".to_owned(), TargetSettings { spec, zero: ZeroPolicy::Image, format: DiskFormat::Raw });
+        settings.targets.insert(
+            "other".to_owned(),
+            TargetSettings { spec, zero: ZeroPolicy::Image, format: DiskFormat::Raw, linked: false },
+        );
     })
     .await;
     bed.publish("good.qcow2", 1);

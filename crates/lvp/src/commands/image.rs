@@ -84,10 +84,11 @@ fn show_bases(bases: &[BaseVolume]) -> String {
             base.target.clone(),
             ByteSize(base.size_bytes).to_string(),
             base.used_bytes.map(|bytes| ByteSize(bytes).to_string()).unwrap_or_default(),
+            base.linked_volumes.map_or_else(|| "?".to_owned(), |number| number.to_string()),
             base.image_digest.hex()[..16].to_owned(),
         ]
     });
-    output::table(&["base", "target", "disk", "used", "image"], rows.collect(), "no bases")
+    output::table(&["base", "target", "disk", "used", "linked", "image"], rows.collect(), "no bases")
 }
 
 fn marks(image: &Image) -> String {

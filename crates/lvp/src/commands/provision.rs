@@ -64,13 +64,14 @@ fn request(command: Provision) -> Result<ProvisionRequest, Box<ErrorBody>> {
 
 fn show_plan(plan: &Plan) -> String {
     let image = match plan.volume_action {
-        VolumeAction::Clone => "not needed".to_owned(),
+        VolumeAction::Clone | VolumeAction::Link => "not needed".to_owned(),
         _ if plan.cache_hit => "cached".to_owned(),
         _ => format!("to download, {}", ByteSize(plan.bytes_to_fetch)),
     };
     let volume = match plan.volume_action {
         VolumeAction::Create => "to create",
         VolumeAction::Clone => "to create as a copy of the image's base",
+        VolumeAction::Link => "to create as an overlay on the image's base",
         VolumeAction::Reuse => "exists, to overwrite",
     };
     output::facts(vec![

@@ -43,9 +43,10 @@ fn show_list(volumes: &[Volume]) -> String {
             if volume.made_by_lvp { "lvp" } else { "" }.to_owned(),
             volume.device_path.clone(),
             volume.image_digest.as_ref().map(|digest| digest.hex()[..16].to_owned()).unwrap_or_default(),
+            if volume.linked_to.is_some() { "to its base" } else { "" }.to_owned(),
         ]
     });
-    output::table(&["volume", "size", "made by", "device", "image"], rows.collect(), "no volumes")
+    output::table(&["volume", "size", "made by", "device", "image", "linked"], rows.collect(), "no volumes")
 }
 
 fn verdict(found: &VolumeVerification) -> String {
@@ -72,6 +73,7 @@ fn show(volume: &Volume) -> String {
         ("made by lvp", Some(if volume.made_by_lvp { "yes" } else { "no" }.to_owned())),
         ("job", volume.job_id.map(|id| id.to_string())),
         ("image", volume.image_digest.as_ref().map(ToString::to_string)),
+        ("linked to", volume.linked_to.clone()),
         ("in use", Some(volume.in_use.clone().unwrap_or_else(|| "no".to_owned()))),
     ];
     facts.extend(volume.receipt.iter().flat_map(receipt));

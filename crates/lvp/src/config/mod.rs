@@ -120,6 +120,10 @@ impl Config {
             let targets = targets.as_table().ok_or_else(|| bad("targets is not a table".to_owned()))?;
             for (name, fields) in targets {
                 let settings = target(fields).map_err(|why| bad(format!("targets.{name} {why}")))?;
+                if settings.linked && settings.format != DiskFormat::Qcow2 {
+                    let why = format!("targets.{name} is linked, which only a dir of format qcow2 can be");
+                    return Err(bad(why).hint("write kind = \"dir\" and format = \"qcow2\", or leave linked out"));
+                }
                 self.targets.insert(name.clone(), (settings, Origin::File(path.to_owned())));
             }
         }
@@ -380,7 +384,7 @@ fn default_workers() -> usize {
 
 /// A target's table: `kind = "lvm"` with `volume_group` and maybe `thin_pool`, or `kind = "dir"` with `path`.
 fn target(fields: &toml::Value) -> Result<TargetSettings, String> {
-    const FIELDS: [&str; 6] = ["kind", "volume_group", "thin_pool", "path", "zero", "format"];
+    const FIELDS: [&str; 7] = ["kind", "volume_group", "thin_pool", "path", "zero", "format", "linked"];
     let fields = fields.as_table().ok_or("is not a table")?;
     if let Some(other) = fields.keys().find(|field| !FIELDS.contains(&field.as_str())) {
         return Err(format!("has no setting '{other}'{}", suggestion(other, FIELDS.into_iter())));
@@ -403,6 +407,8 @@ fn target(fields: &toml::Value) -> Result<TargetSettings, String> {
     let not_possible = |invalid: lvp_api::Invalid| format!("is not possible: {invalid}");
     let zero = text("zero")?.map_or(Ok(ZeroPolicy::Full), str::parse).map_err(not_possible)?;
     let format = text("format")?.map_or(Ok(DiskFormat::Raw), str::parse).map_err(not_possible)?;
+    let linked = fields.get("linked").map_or(Some(false), toml::Value::as_bool);
+    let linked = linked.ok_or("has a linked that is neither true nor false")?;
     let spec: TargetSpec = written.parse().map_err(not_possible)?;
     match (&spec, format, zero) {
         (TargetSpec::Lvm { .. }, DiskFormat::Qcow2, _) => {
@@ -411,7 +417,7 @@ fn target(fields: &toml::Value) -> Result<TargetSettings, String> {
         (_, DiskFormat::Qcow2, ZeroPolicy::Image) => {
             Err("has format qcow2 and zero image; a qcow2 file has nothing of before to be left".to_owned())
         }
-        _ => Ok(TargetSettings { spec, zero, format }),
+        _ => Ok(TargetSettings { spec, zero, format, linked }),
     }
 }
 
@@ -423,6 +429,9 @@ fn shown(settings: &TargetSettings) -> String {
     }
     if settings.format != DiskFormat::Raw {
         shown.push_str(&format!(" (format = {})", settings.format.name()));
+    }
+    if settings.linked {
+        shown.push_str(" (linked)");
     }
     shown
 }

@@ -88,3 +88,24 @@ fn names_of_the_reference_daemon_keep_their_meaning() {
     let six = merge("", &[("HOST", "::1")], Vec::new()).unwrap();
     assert_eq!(six.addresses().unwrap().tcp.unwrap(), ("::1".to_owned(), 8080));
 }
+
+#[test]
+fn only_a_directory_of_qcow2_files_is_linked() {
+    let linked = "[targets.a]\nkind='dir'\npath='/srv'\nformat='qcow2'\nlinked=true";
+    let config = merge(linked, &[], Vec::new()).unwrap();
+    assert!(config.targets["a"].0.linked);
+    assert!(config.shown().iter().any(|(key, text, _)| key == "targets.a" && text.ends_with("(linked)")));
+    let unlinked = merge(&linked.replace("true", "false"), &[], Vec::new()).unwrap();
+    assert!(!unlinked.targets["a"].0.linked);
+    for target in [
+        "kind='dir'\npath='/srv'\nlinked=true",
+        "kind='dir'\npath='/srv'\nformat='raw'\nlinked=true",
+        "kind='lvm'\nvolume_group='vg0'\nlinked=true",
+        "kind='lvm'\nvolume_group='vg0'\nthin_pool='pool0'\nlinked=true",
+    ] {
+        let said = refusal(&format!("[targets.a]\n{target}"), &[]);
+        assert!(said.contains("targets.a is linked") && said.contains("format = \"qcow2\""), "{said}");
+    }
+    assert!(refusal(&linked.replace("true", "'yes'"), &[]).contains("neither true nor false"));
+    assert!(refusal(&linked.replace("linked", "linkd"), &[]).contains("did you mean linked?"));
+}

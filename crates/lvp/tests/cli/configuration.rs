@@ -102,3 +102,36 @@ fn doctor_ends_well_on_a_usable_host_and_tells_the_fix_on_another() {
     let _daemon = bed.serve();
     assert!(bed.lvp(&["doctor"]).exits(0).stdout.contains("answers at"));
 }
+
+#[test]
+fn a_linked_target_is_told_of_in_tables_refusals_and_by_doctor() {
+    let bed = Bed::new();
+    bed.publish("good.qcow2");
+    let folder = bed.path("linked");
+    let target = format!("[targets.linked]\nkind='dir'\npath='{}'\nformat='qcow2'\nlinked=true\n", folder.display());
+    std::fs::write(bed.path("config.toml"), target).unwrap();
+    let provision = |name: &str, more: &[&str]| {
+        let words = ["provision", "s3://images/good.qcow2", name, "--size", "8M", "--target", "linked"];
+        bed.lvp(&[&words[..], more].concat()).exits(0)
+    };
+    provision("web-1", &[]);
+    let planned = provision("web-2", &["--dry-run"]);
+    assert!(planned.stdout.contains("to create as an overlay on the image's base"), "{planned:?}");
+    provision("web-2", &[]);
+    let bases = bed.lvp(&["image", "bases", "-o", "json"]).exits(0).json();
+    let base = bases[0]["name"].as_str().unwrap();
+    assert_eq!((bases.as_array().unwrap().len(), &bases[0]["linked_volumes"]), (1, &2.into()), "{bases:#}");
+    let shown = bed.lvp(&["volume", "show", "web-1", "--target", "linked"]).exits(0);
+    let told = shown.stdout.lines().any(|line| line.contains("linked to") && line.contains(base));
+    assert!(told, "{shown:?}");
+    let listed = bed.lvp(&["volume", "list", "--target", "linked"]).exits(0);
+    assert_eq!(listed.stdout.matches("to its base").count(), 2, "{listed:?}");
+    let refused = bed.lvp(&["image", "delete", bases[0]["image_digest"].as_str().unwrap()]).exits(4);
+    assert!(refused.stderr.contains("needed by 2 volumes linked to it, such as web-1"), "{refused:?}");
+    assert!(refused.stderr.contains("hint: delete the volumes first"), "{refused:?}");
+
+    bed.lvp(&["doctor"]).exits(0);
+    std::fs::rename(folder.join(base), folder.join("aside")).unwrap();
+    let lost = bed.lvp(&["doctor"]).exits(8);
+    assert!(lost.stdout.contains(&format!("web-2 needs {base}, which is not there")), "{lost:?}");
+}

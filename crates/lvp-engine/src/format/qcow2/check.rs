@@ -77,7 +77,7 @@ fn check_l2(bytes: &dyn Bytes, header: &Header, tables: &ClusterSet, first: u64,
         }
         let used = header.cluster_size().min(header.virtual_size - guest);
         let (stored, length) = match cluster(bytes, header, guest, entry)? {
-            Cluster::Zero => (0, 0),
+            Cluster::Absent | Cluster::Zero => (0, 0),
             Cluster::Allocated { stored, data } => {
                 let part = header.cluster_size() / 32;
                 stored_bytes += match data {

@@ -75,6 +75,16 @@ impl Fields {
 impl Header {
     /// Reads and checks the header of a file that begins with qcow2's magic.
     pub fn read(bytes: &dyn Bytes) -> Result<Self> {
+        Self::read_checked(bytes, false)
+    }
+
+    /// As [`read`](Self::read), of a file that may name a file below. What it names is not looked at: it is the caller's to
+    /// know what is below.
+    pub fn read_overlay(bytes: &dyn Bytes) -> Result<Self> {
+        Self::read_checked(bytes, true)
+    }
+
+    fn read_checked(bytes: &dyn Bytes, may_be_overlay: bool) -> Result<Self> {
         let fields = read_fields(bytes)?;
         let version = fields.u32(4);
         if !matches!(version, 2 | 3) {
@@ -87,7 +97,7 @@ impl Header {
                 format!("its clusters would be of 2^{cluster_bits} bytes, where 2^9 to 2^21 are possible"),
             ));
         }
-        check_other_files(bytes, &fields)?;
+        check_other_files(bytes, &fields, may_be_overlay)?;
         let features = if version == 2 { 0 } else { fields.u64(72) };
         check_features(bytes, features)?;
         if version == 3 && fields.u64(88) & RAW_DATA_FILE != 0 {
@@ -234,8 +244,8 @@ fn read_fields(bytes: &dyn Bytes) -> Result<Fields> {
 }
 
 /// Encryption and the file below: named in the fixed part.
-fn check_other_files(bytes: &dyn Bytes, fields: &Fields) -> Result<()> {
-    if fields.u64(8) != 0 {
+fn check_other_files(bytes: &dyn Bytes, fields: &Fields, may_be_overlay: bool) -> Result<()> {
+    if fields.u64(8) != 0 && !may_be_overlay {
         return Err(refused(bytes, "it needs a backing file"));
     }
     if fields.u32(32) != 0 {

@@ -19,6 +19,8 @@ const WINDOW: u64 = 64 << 10;
 /// What an entry of an L2 table says of its cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cluster {
+    /// Nothing is said of it: it is what the file below has, or zero where there is none.
+    Absent,
     /// It reads as zero and has no place in the file.
     Zero,
     /// It has a place in the file. Each bit is a 32nd of the cluster, the lowest one first, and says whether it is
@@ -53,6 +55,13 @@ impl<'a> Table<'a> {
         }
         Ok(number(&self.window, (index - self.first) as usize * 8))
     }
+
+    /// The entry of this index, without a window for those behind it.
+    fn only(&self, index: u64) -> Result<u64> {
+        let mut entry = [0; 8];
+        self.bytes.read_exact_at(&mut entry, self.offset + index * 8)?;
+        Ok(u64::from_be_bytes(entry))
+    }
 }
 
 /// The offset of the L2 table of this entry of the L1 table; none where it maps nothing.
@@ -74,6 +83,19 @@ pub fn l2_offset(bytes: &dyn Bytes, header: &Header, index: u64, entry: u64) -> 
         ));
     }
     Ok(Some(offset))
+}
+
+/// The cluster that has this offset of the disk, by a read of its entry in each of the two levels; `None` where no table maps
+/// it, nor its neighbours.
+pub fn cluster_at(bytes: &dyn Bytes, header: &Header, guest: u64) -> Result<Option<Cluster>> {
+    let index = guest / header.l2_reach();
+    let l1_entry = Table::new(bytes, header.l1_offset, header.l1_entries).only(index)?;
+    let Some(table) = l2_offset(bytes, header, index, l1_entry)? else { return Ok(None) };
+    let size = header.l2_entry_size();
+    let mut entry = [0; 16];
+    let entry = &mut entry[..size as usize];
+    bytes.read_exact_at(entry, table + ((guest % header.l2_reach()) >> header.cluster_bits) * size)?;
+    cluster(bytes, header, guest - guest % header.cluster_size(), entry).map(Some)
 }
 
 /// Decodes the entry at the begin of `entry`, for the cluster at this offset of the disk.
@@ -102,7 +124,8 @@ fn decoded(header: &Header, entry: u64, bitmap: Option<u64>) -> std::result::Res
         Some(bitmap) => subclusters(bitmap, offset)?,
     };
     if offset == 0 {
-        return Ok(Cluster::Zero);
+        // Of parts of a cluster it is not told which are absent: no overlay of ours has those.
+        return Ok(if bitmap.is_none() && data != 0 { Cluster::Absent } else { Cluster::Zero });
     }
     if data != 0 && offset >= header.stored_size {
         return Err("points outside the file (truncated?)");

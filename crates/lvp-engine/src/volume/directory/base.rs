@@ -1,11 +1,16 @@
-//! Bases in a directory: hidden, read-only files; clones are reflinks of them (ioctl_ficlone(2)).
+//! Bases in a directory: hidden, read-only files; clones are reflinks of them (ioctl_ficlone(2)), or, in a linked directory,
+//! qcow2 overlays on them.
 //!
 //! ```text
 //!  unsealed   .lvp-JOB.base-new    mode 0600, the tags of a new volume of the job
 //!  marked     .lvp-JOB.base-new    mode 0400, with its digests in the attribute, all of it on the disk
 //!  complete   .lvp-DIGEST16.base   the same, after a rename that replaces nothing
 //! ```
-//! No volume has such a file: those end with `.raw`, and unborn ones with `.new` behind a dot.
+//! No volume has such a file: those end with `.raw` or `.qcow2`, and unborn ones with `.new` behind a dot.
+//!
+//! Who needs a base is asked of the headers of the files beside it, whoever made those: an overlay that was made to stand
+//! alone needs it no more, and a copy of one does. While an overlay is made, and while a base is removed, the base's file
+//! is locked (flock(2)), so that neither passes by the other, in another process neither.
 
 use std::{
     collections::BTreeMap,
@@ -14,22 +19,25 @@ use std::{
     os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
+    thread,
+    time::Duration,
 };
 
 use lvp_api::{ContentDigest, Digest, ErrorCode, JobId};
 use rustix::{
-    fs::{CWD, OFlags, RenameFlags, ioctl_ficlone, renameat_with},
+    fs::{CWD, FlockOperation, OFlags, RenameFlags, flock, ioctl_ficlone, renameat_with},
     io::Errno,
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Directory, GRANULARITY, Record, in_the_way, read_record, rounded, sync_directory, write_record};
+use super::{Directory, GRANULARITY, Holds, Record, in_the_way, read_record, rounded, sync_directory, write_record};
 use crate::{
     error::{Error, Result},
-    host::block::BlockTarget,
+    host::block::{BlockTarget, users_of},
+    qcow2_file::backing_of,
     volume::{
-        NewVolume, Volume, VolumeBackend,
-        base::{Base, BaseStore, fits, nothing_to_seal, short},
+        Link, NewVolume, Volume, VolumeBackend,
+        base::{Base, BaseStore, DIGITS_IN_NAME, fits, nothing_to_seal, refuse_needed, short},
     },
 };
 
@@ -42,6 +50,9 @@ const READ_ONLY: u32 = 0o400;
 const PROBE: usize = 64 << 10;
 /// `st_blocks` counts these (stat(2)), whatever the file system's blocks are.
 const STAT_BLOCK: u64 = 512;
+/// A lock is asked for so many times, so far apart: it is held for a moment only.
+const LOCK_TRIES: u32 = 40;
+const BETWEEN_TRIES: Duration = Duration::from_millis(50);
 
 /// What stands on a complete base, in the attribute that holds the tags of a volume.
 #[derive(Debug, Serialize, Deserialize)]
@@ -52,7 +63,7 @@ struct BaseRecord {
 
 /// The bases of one directory.
 pub struct FileBases<'a> {
-    directory: &'a Directory,
+    pub(super) directory: &'a Directory,
 }
 
 impl<'a> FileBases<'a> {
@@ -85,6 +96,40 @@ impl<'a> FileBases<'a> {
         let used_bytes = Some(metadata.blocks() * STAT_BLOCK);
         let complete = self.sealed(&base) == path;
         Ok(complete.then_some(Base { digest: base, content, name, size: metadata.len(), used_bytes }))
+    }
+
+    /// What this qcow2 file names below it, if that is the name of a base. The name may be any text of any writer: only the
+    /// base beside the file is looked for by it. Of a file that may not be read nothing is known.
+    pub(super) fn link(&self, path: &Path) -> Result<Option<Link>> {
+        let named = match open_to_read(path).and_then(|file| backing_of(&file)) {
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied) => None,
+            named => named.map_err(|error| Error::io("reading the header of", path, error))?,
+        };
+        let Some(name) = named.map(|backing| backing.path).filter(|name| is_name_of_base(name)) else {
+            return Ok(None);
+        };
+        let base = self.directory.path.join(&name);
+        let found = self.complete(&base)?;
+        Ok(Some(Link { name, base: found.map(|found| (found, base)) }))
+    }
+
+    /// Opens the complete base of this digest and keeps it from being removed as long as the file is open.
+    pub(super) fn hold(&self, base: &Base) -> Result<File> {
+        let path = self.sealed(&base.digest);
+        let gone = || {
+            Error::new(ErrorCode::InputOutput, format!("base {} is gone", path.display()))
+                .hint("try again: a base is made where there is none")
+        };
+        let file = match open_to_read(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Err(gone()),
+            opened => opened.map_err(|error| Error::io("opening", &path, error))?,
+        };
+        lock(&file, &path, FlockOperation::NonBlockingLockShared)?;
+        // What was removed before the lock was given, or replaced, is not there any more.
+        let inode = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        let (held, there) = (file.metadata().map(inode), fs::symlink_metadata(&path).map(inode));
+        let is_there = matches!((held, there), (Ok(held), Ok(there)) if held == there);
+        if is_there && self.find(&base.digest)?.is_some() { Ok(file) } else { Err(gone()) }
     }
 
     /// The names of the directory's files that begin and end so, without either.
@@ -135,7 +180,7 @@ impl BaseStore for FileBases<'_> {
     fn create(&self, size: u64, job: JobId) -> Result<BlockTarget> {
         self.directory.make_directory()?;
         let (path, size) = (self.unsealed_file(job), rounded(size, GRANULARITY));
-        self.directory.make(&path, size, &Record { job: Some(job), image: None, size: None }, None)?;
+        self.directory.make(&path, size, &Record { job: Some(job), image: None, size: None }, &Holds::Nothing)?;
         sync_directory(&self.directory.path)?;
         Ok(BlockTarget { path, offset: 0, size, reads_zero: true })
     }
@@ -172,22 +217,81 @@ impl BaseStore for FileBases<'_> {
     }
 
     fn clone_base(&self, base: &Base, new: &NewVolume<'_>) -> Result<Volume> {
-        fits(base, rounded(new.size, GRANULARITY), new)?;
-        let path = self.sealed(&base.digest);
-        if self.find(&base.digest)?.is_none() {
-            return Err(Error::new(ErrorCode::InputOutput, format!("base {} is gone", path.display()))
-                .hint("try again: a base is made where there is none"));
+        fits(base, rounded(new.size, self.directory.granularity()), new)?;
+        let held = self.hold(base)?;
+        let holds = if self.directory.linked { Holds::OverlayOn(&base.name) } else { Holds::BlocksOf(&held) };
+        self.directory.bear(new, &holds)
+    }
+
+    fn needed_by(&self, base: &Base) -> Result<Vec<String>> {
+        let directory = &self.directory.path;
+        let entries = fs::read_dir(directory).map_err(|error| Error::io("listing", directory, error))?;
+        let mut needed_by = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(|error| Error::io("listing", directory, error))?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if names_below(&entry.path(), &name, &base.name)? {
+                needed_by.push(name.strip_suffix(".qcow2").unwrap_or(&name).to_owned());
+            }
         }
-        let file = open_to_read(&path).map_err(|error| Error::io("opening", &path, error))?;
-        self.directory.bear(new, Some(&file))
+        needed_by.sort();
+        Ok(needed_by)
     }
 
     fn remove(&self, digest: &Digest) -> Result<()> {
-        match self.find(digest)? {
-            Some(_) => remove_file(&self.sealed(digest)),
-            None => Ok(()),
+        let Some(base) = self.find(digest)? else { return Ok(()) };
+        let (path, label) = (self.sealed(digest), self.directory.label());
+        let file = open_to_read(&path).map_err(|error| Error::io("opening", &path, error))?;
+        lock(&file, &path, FlockOperation::NonBlockingLockExclusive)?;
+        refuse_needed(&base, &label, &self.needed_by(&base)?)?;
+        let users = users_of(&path)?;
+        if !users.is_empty() {
+            let message = format!("base {} in {label} is in use: {}", base.name, users.join("; "));
+            return Err(Error::new(ErrorCode::ImageInUse, message)
+                .hint("an overlay in another directory may stand on it: `qemu-img info --backing-chain` tells")
+                .detail("users", users));
+        }
+        remove_file(&path)
+    }
+}
+
+/// Whether lvp gives such a name to complete bases.
+fn is_name_of_base(name: &str) -> bool {
+    let digits = name.strip_prefix(PREFIX).and_then(|rest| rest.strip_suffix(SEALED));
+    digits.is_some_and(|digits| digits.len() == DIGITS_IN_NAME && digits.bytes().all(|digit| digit.is_ascii_hexdigit()))
+}
+
+/// Whether this file of a base's directory names the base below it, in whatever words.
+fn names_below(path: &Path, name: &str, base: &str) -> Result<bool> {
+    // In these stands what a guest or an image has on its disk, also where it looks like a header.
+    if [".raw", SEALED, UNSEALED].iter().any(|ending| name.ends_with(ending)) {
+        return Ok(false);
+    }
+    // Links are followed: qemu looks for what is below beside the link.
+    let is_file = path.metadata().map(|metadata| metadata.is_file());
+    let backing = match is_file {
+        Ok(true) => File::open(path).and_then(|file| backing_of(&file)),
+        Ok(false) => Ok(None),
+        Err(error) => Err(error),
+    };
+    match backing {
+        Ok(backing) => Ok(backing.is_some_and(|backing| backing.path.contains(base))),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(Error::io("reading the header of", path, error)),
+    }
+}
+
+/// Locks the file of a base; whoever holds the other lock makes an overlay on it, or removes it, which takes a moment. So does
+/// a program that is being started: it has the lock until it is another program.
+fn lock(file: &File, path: &Path, operation: FlockOperation) -> Result<()> {
+    for _ in 0..LOCK_TRIES {
+        match flock(file, operation) {
+            Err(Errno::WOULDBLOCK) => thread::sleep(BETWEEN_TRIES),
+            locked => return locked.map_err(|error| Error::io("locking", path, error.into())),
         }
     }
+    Err(Error::new(ErrorCode::ImageInUse, format!("base {} is being linked to or removed", path.display()))
+        .hint("try again in a moment"))
 }
 
 fn open_to_read(path: &Path) -> std::io::Result<File> {

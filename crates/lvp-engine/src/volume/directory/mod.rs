@@ -12,9 +12,13 @@
 //! A qcow2 file is made empty, and its size stands in its tags: what is in it is `format`'s part. It is written once. One that
 //! is there, whoever made it, takes no other image: it may hold snapshots, and others may stand on it.
 //!
-//! It leaves out files that others share blocks with (`base`).
+//! In a linked directory a new volume is an overlay that stands on a base beside it. It is whole when it appears.
+//!
+//! It leaves out files that others share blocks with or stand on (`base`).
 
 mod base;
+#[cfg(test)]
+mod linked_tests;
 #[cfg(test)]
 mod tests;
 
@@ -37,6 +41,7 @@ use super::{BaseStore, Capabilities, NewVolume, Space, Tags, Volume, VolumeBacke
 use crate::{
     error::{Error, Result},
     host::block::BlockTarget,
+    qcow2_file::{Backing, write_overlay},
 };
 
 /// Sizes are multiples of this: what every O_DIRECT write and every guest sector size divides.
@@ -49,6 +54,18 @@ const QCOW2_GRANULARITY: u64 = 64 << 10;
 pub struct Directory {
     path: PathBuf,
     format: DiskFormat,
+    /// Whether new volumes are overlays on a base.
+    linked: bool,
+}
+
+/// What a new file holds.
+enum Holds<'a> {
+    /// Nothing: a raw disk of zeros, or what will be made a qcow2 file.
+    Nothing,
+    /// The blocks of this file at its beginning.
+    BlocksOf(&'a File),
+    /// An overlay on the base of this name.
+    OverlayOn(&'a str),
 }
 
 /// The extended attribute that holds a [`Record`] as JSON.
@@ -70,7 +87,12 @@ struct Record {
 impl Directory {
     /// The backend for this directory, which is made (with its parents) at the first volume.
     pub fn new(path: PathBuf, format: DiskFormat) -> Self {
-        Self { path, format }
+        Self { path, format, linked: false }
+    }
+
+    /// The backend for a directory of qcow2 files, where new volumes are overlays on bases.
+    pub fn linked(path: PathBuf) -> Self {
+        Self { path, format: DiskFormat::Qcow2, linked: true }
     }
 
     fn file(&self, name: &VolumeName) -> PathBuf {
@@ -109,11 +131,13 @@ impl Directory {
             None
         };
         let tags = record.map_or_else(Tags::default, Record::into_tags);
-        Ok(Some(Volume { name, path, size, tags, open: false, unsuitable }))
+        let is_image = metadata.is_file() && self.format == DiskFormat::Qcow2;
+        let link = if is_image { FileBases { directory: self }.link(&path)? } else { None };
+        Ok(Some(Volume { name, path, size, tags, open: false, unsuitable, link }))
     }
 
-    /// Makes a volume appear: all at once, with its size and tags, and with what `base` holds at its beginning.
-    fn bear(&self, new: &NewVolume<'_>, base: Option<&File>) -> Result<Volume> {
+    /// Makes a volume appear: all at once, with its size and tags, and with what it holds.
+    fn bear(&self, new: &NewVolume<'_>, holds: &Holds<'_>) -> Result<Volume> {
         let path = self.file(new.name);
         if path.symlink_metadata().is_ok() {
             return Err(in_the_way(&path));
@@ -126,7 +150,7 @@ impl Directory {
             DiskFormat::Qcow2 => (0, Some(size)),
         };
         let record = Record { job: Some(new.job), image: None, size: noted };
-        let born = self.make(&unborn, length, &record, base).and_then(|()| {
+        let born = self.make(&unborn, length, &record, holds).and_then(|()| {
             renameat_with(CWD, &unborn, CWD, &path, RenameFlags::NOREPLACE).map_err(|error| match error {
                 Errno::EXIST => in_the_way(&path),
                 error => Error::io("creating", &path, error.into()),
@@ -140,12 +164,12 @@ impl Directory {
         self.find(new.name)?.ok_or_else(|| Error::internal(format!("{} vanished after its creation", path.display())))
     }
 
-    /// Makes a file of this size, with its tags, in place of what is there; it shares the blocks of `base`.
-    fn make(&self, path: &Path, size: u64, record: &Record, base: Option<&File>) -> Result<()> {
+    /// Makes a file of this size, with its tags and what it holds, in place of what is there.
+    fn make(&self, path: &Path, size: u64, record: &Record, holds: &Holds<'_>) -> Result<()> {
         let failed = |error| Error::io("creating", path, error);
         let _ = fs::remove_file(path);
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
-        if let Some(base) = base {
+        if let Holds::BlocksOf(base) = holds {
             ioctl_ficlone(&file, base).map_err(|error| failed(error.into()))?;
         }
         file.set_len(size).map_err(failed)?;
@@ -163,6 +187,9 @@ impl Directory {
             .hint("use a directory on ext4, XFS or Btrfs")
             .retry(false)
         })?;
+        if let (Holds::OverlayOn(base), Some(disk)) = (holds, record.size) {
+            write_overlay(&file, path, disk, &Backing::raw(base))?;
+        }
         file.sync_all().map_err(failed)
     }
 
@@ -269,7 +296,7 @@ impl VolumeBackend for Directory {
     }
 
     fn create(&self, new: &NewVolume<'_>) -> Result<Volume> {
-        self.bear(new, None)
+        self.bear(new, &Holds::Nothing)
     }
 
     fn target(&self, volume: &Volume, fresh: bool) -> Result<BlockTarget> {
@@ -306,6 +333,10 @@ impl VolumeBackend for Directory {
     }
 
     fn bases(&self) -> Result<Option<Box<dyn BaseStore + '_>>> {
+        if self.linked {
+            self.existing()?;
+            return Ok(Some(Box::new(FileBases { directory: self })));
+        }
         // The blocks of a qcow2 file are not the disk's alone.
         if self.format != DiskFormat::Raw {
             return Ok(None);

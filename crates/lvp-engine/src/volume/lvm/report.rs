@@ -63,6 +63,7 @@ impl LogicalVolume {
             open: self.lv_device_open == "open",
             unsuitable: if base::is_base(&self) { Some(BASE) } else { unsuitable(&self.lv_attr) },
             path: PathBuf::from(self.lv_path),
+            link: None,
         }))
     }
 }

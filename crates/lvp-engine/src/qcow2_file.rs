@@ -1,5 +1,8 @@
-//! A standalone qcow2 file around a disk that is written as it is: the copy writes the disk's bytes at their place behind the
-//! tables, and the tables are written last, for what of it is not a hole.
+//! qcow2 files that lvp makes: a standalone one around a disk that is written as it is, and an overlay that holds nothing yet;
+//! and which file below a qcow2 file names.
+//!
+//! The copy writes the disk's bytes at their place behind the tables, and the tables are written last, for what of it is not
+//! a hole. An overlay is the same without data, and ends where the tables of the data would begin.
 //!
 //! ```text
 //!  0  header │ refcount table │ refcount blocks │ L1 table │ L2 tables │ data: cluster n of the disk at data + n
@@ -7,7 +10,7 @@
 //! Every place is reserved for the whole disk, and the file is sparse, so nothing moves and only what is used takes space.
 //! Until the header is written, which is the very last, the file is no image. The format is version 3 with clusters of
 //! 64 KiB and refcounts of 16 bits (qcow2 specification), as `qemu-img create` makes it.
-//! It leaves out compression and encryption.
+//! It leaves out compression and encryption, and reading what is in such a file: `format::qcow2`.
 
 use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
 
@@ -31,6 +34,15 @@ const REFCOUNT_ORDER: u32 = 4;
 /// The header with the compression type and its padding.
 const HEADER_LENGTH: u32 = 112;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
+const MAGIC: [u8; 4] = *b"QFI\xfb";
+/// Length of the header of version 2, which has no length in it.
+const HEADER_LENGTH_V2: u64 = 72;
+/// The longest name of a file below (qcow2 specification, `backing_file_size`).
+const LONGEST_NAME: u32 = 1023;
+/// The name stands in the first cluster, and no cluster is larger.
+const LARGEST_CLUSTER: u64 = 2 << 20;
+/// More header extensions than any file has.
+const MOST_EXTENSIONS: usize = 64;
 
 /// Where everything is in the file; all in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,13 +58,20 @@ pub struct Layout {
     data: u64,
 }
 
-/// The image below, which an overlay shows where it has nothing of its own.
-#[derive(Debug, Clone, Copy)]
-pub struct Backing<'a> {
-    /// Its path, from the overlay's directory.
-    pub path: &'a str,
-    /// Its format, which is never guessed.
-    pub format: &'a str,
+/// The file below, which an overlay shows where it has nothing of its own, as the overlay's header names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backing {
+    /// Its path, from the overlay's directory. What was read from a file may be any text.
+    pub path: String,
+    /// Its format; where it is not said, qemu guesses it.
+    pub format: Option<String>,
+}
+
+impl Backing {
+    /// A raw disk in the overlay's own directory.
+    pub fn raw(name: &str) -> Self {
+        Self { path: name.to_owned(), format: Some("raw".to_owned()) }
+    }
 }
 
 impl Layout {
@@ -104,13 +123,84 @@ impl Layout {
 ///
 /// # Errors
 /// `input_output`.
-pub fn complete(file: &File, path: &Path, layout: &Layout, backing: Option<Backing<'_>>) -> Result<()> {
+pub fn complete(file: &File, path: &Path, layout: &Layout, backing: Option<&Backing>) -> Result<()> {
     let failed = |error| Error::io("writing the tables of", path, error);
     let used = write_tables(file, layout).map_err(failed)?;
     write_refcounts(file, layout, &used).map_err(failed)?;
     file.sync_data().map_err(failed)?;
     file.write_all_at(&header(layout, backing), 0).map_err(failed)?;
     file.sync_all().map_err(failed)
+}
+
+/// Makes an empty file an overlay of so many bytes that shows what is below and, behind its end, zeros.
+///
+/// # Errors
+/// `input_output`.
+pub fn write_overlay(file: &File, path: &Path, virtual_size: u64, backing: &Backing) -> Result<()> {
+    let layout = Layout::new(virtual_size);
+    file.set_len(layout.l2).map_err(|error| Error::io("growing", path, error))?;
+    complete(file, path, &layout, Some(backing))
+}
+
+/// The file below that a qcow2 file names; none where it names none, or is no qcow2 file that qemu would open.
+///
+/// The name is whatever the last writer of the file put there: it is to be compared with what is known, never followed.
+///
+/// # Errors
+/// When the file cannot be read.
+pub fn backing_of(file: &File) -> io::Result<Option<Backing>> {
+    let mut fixed = [0; 104];
+    let there = read_at_most(file, &mut fixed, 0)? as u64;
+    let u32_at = |at: usize| u32::from_be_bytes(std::array::from_fn(|index| fixed[at + index]));
+    let offset = u64::from_be_bytes(std::array::from_fn(|index| fixed[8 + index]));
+    let length = u32_at(16);
+    if there < HEADER_LENGTH_V2 || fixed[..4] != MAGIC || offset == 0 {
+        return Ok(None);
+    }
+    if length == 0 || length > LONGEST_NAME || offset > LARGEST_CLUSTER {
+        return Ok(None);
+    }
+    let extensions = if u32_at(4) == 2 { HEADER_LENGTH_V2 } else { u64::from(u32_at(100)) };
+    let Some(path) = text_at(file, offset, length)? else { return Ok(None) };
+    Ok(Some(Backing { path, format: backing_format(file, extensions, offset)? }))
+}
+
+/// The format of the file below, from the header extensions between `at` and `end`.
+fn backing_format(file: &File, mut at: u64, end: u64) -> io::Result<Option<String>> {
+    for _ in 0..MOST_EXTENSIONS {
+        let mut head = [0; 8];
+        if at + 8 > end || read_at_most(file, &mut head, at)? < head.len() {
+            break;
+        }
+        let [kind, length] = [0, 4].map(|at| u32::from_be_bytes(std::array::from_fn(|index| head[at + index])));
+        at += 8;
+        match kind {
+            BACKING_FORMAT if length <= LONGEST_NAME => return text_at(file, at, length),
+            0 => break,
+            _ => at += u64::from(length).next_multiple_of(8),
+        }
+    }
+    Ok(None)
+}
+
+/// A text of the header; none where the file ends before it.
+fn text_at(file: &File, offset: u64, length: u32) -> io::Result<Option<String>> {
+    let mut text = vec![0; length as usize];
+    let there = read_at_most(file, &mut text, offset)?;
+    Ok((there == text.len()).then(|| String::from_utf8_lossy(&text).into_owned()))
+}
+
+fn read_at_most(file: &File, into: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < into.len() {
+        match file.read_at(&mut into[filled..], offset + filled as u64) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
 }
 
 /// Writes the L2 tables that map something, and the L1 table; gives which tables those are.
@@ -221,18 +311,18 @@ fn for_each_cluster(file: &File, layout: &Layout, mut each: impl FnMut(u64) -> i
     Ok(())
 }
 
-fn header(layout: &Layout, backing: Option<Backing<'_>>) -> Vec<u8> {
+fn header(layout: &Layout, backing: Option<&Backing>) -> Vec<u8> {
     let mut extensions = Vec::new();
-    if let Some(backing) = backing {
+    if let Some(format) = backing.and_then(|backing| backing.format.as_deref()) {
         extensions.extend(BACKING_FORMAT.to_be_bytes());
-        extensions.extend((backing.format.len() as u32).to_be_bytes());
-        extensions.extend(backing.format.as_bytes());
+        extensions.extend((format.len() as u32).to_be_bytes());
+        extensions.extend(format.as_bytes());
         extensions.resize(extensions.len().next_multiple_of(8), 0);
     }
     extensions.extend([0; 8]);
-    let name = backing.map_or("", |backing| backing.path);
+    let name = backing.map_or("", |backing| backing.path.as_str());
     let name_offset = if name.is_empty() { 0 } else { u64::from(HEADER_LENGTH) + extensions.len() as u64 };
-    let mut header = Vec::from(*b"QFI\xfb");
+    let mut header = Vec::from(MAGIC);
     let u32 = |header: &mut Vec<u8>, value: u32| header.extend(value.to_be_bytes());
     let u64 = |header: &mut Vec<u8>, value: u64| header.extend(value.to_be_bytes());
     u32(&mut header, 3);
@@ -269,14 +359,14 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     /// A file with this disk in it, made an image.
-    fn image(path: &Path, disk: &[(u64, Vec<u8>)], virtual_size: u64, backing: Option<Backing<'_>>) {
+    fn image(path: &Path, disk: &[(u64, Vec<u8>)], virtual_size: u64) {
         let layout = Layout::new(virtual_size);
         let file = fs::OpenOptions::new().read(true).write(true).create_new(true).open(path).unwrap();
         file.set_len(layout.file_size()).unwrap();
         for (offset, bytes) in disk {
             file.write_all_at(bytes, layout.data_offset() + offset).unwrap();
         }
-        complete(&file, path, &layout, backing).unwrap();
+        complete(&file, path, &layout, None).unwrap();
     }
 
     fn check(path: &Path) {
@@ -296,7 +386,8 @@ mod tests {
             let directory = tempfile::tempdir().unwrap();
             let path = directory.path().join("image.qcow2");
             let disk: Vec<_> = places.iter().map(|at| (*at, vec![7; 4096.min(virtual_size - at) as usize])).collect();
-            image(&path, &disk, virtual_size, None);
+            image(&path, &disk, virtual_size);
+            assert_eq!(backing_of(&File::open(&path).unwrap()).unwrap(), None);
             check(&path);
             for (at, bytes) in &disk {
                 let read = format!("read -P 7 {at} {}", bytes.len());
@@ -313,15 +404,51 @@ mod tests {
     }
 
     #[test]
-    fn an_overlay_shows_what_is_below_and_zeros_behind() {
+    fn an_overlay_shows_what_is_below_and_zeros_behind_and_is_small() {
+        for virtual_size in [4 * MIB, 700 * MIB + CLUSTER, 50 << 30, 8 << 40] {
+            let directory = tempfile::tempdir().unwrap();
+            let (base, overlay) = (directory.path().join("base.raw"), directory.path().join("overlay.qcow2"));
+            fs::write(&base, vec![5; MIB as usize]).unwrap();
+            let file = fs::OpenOptions::new().write(true).create_new(true).open(&overlay).unwrap();
+            write_overlay(&file, &overlay, virtual_size, &Backing::raw("base.raw")).unwrap();
+            assert_eq!(backing_of(&File::open(&overlay).unwrap()).unwrap(), Some(Backing::raw("base.raw")));
+            let blocks = std::os::unix::fs::MetadataExt::blocks(&fs::metadata(&overlay).unwrap());
+            assert!(blocks * 512 < MIB, "{blocks} blocks of an overlay of {virtual_size} bytes");
+            check(&overlay);
+            let info = images::run("qemu-img", &["info", overlay.to_str().unwrap()]).unwrap();
+            assert!(info.contains(&format!("({virtual_size} bytes)")) && info.contains("format: raw"), "{info}");
+            let end = format!("read -P 0 {} 64k", virtual_size - CLUSTER);
+            let commands = ["read -P 5 0 1M", "read -P 0 1M 3M", &end, "write -P 6 512k 1M", "read -P 6 512k 1M"];
+            images::qemu_io(&overlay, &commands).unwrap();
+            let last = format!("write -P 7 {} 64k", virtual_size - CLUSTER);
+            images::qemu_io(&overlay, &[&last, &last.replace("write", "read"), "read -P 6 512k 1M"]).unwrap();
+            check(&overlay);
+            assert!(fs::read(&base).unwrap().iter().all(|byte| *byte == 5));
+        }
+    }
+
+    #[test]
+    fn what_qemu_img_names_below_is_read() {
         let directory = tempfile::tempdir().unwrap();
-        let (base, overlay) = (directory.path().join("base.raw"), directory.path().join("overlay.qcow2"));
-        fs::write(&base, vec![5; MIB as usize]).unwrap();
-        image(&overlay, &[], 4 * MIB, Some(Backing { path: "base.raw", format: "raw" }));
-        check(&overlay);
-        images::qemu_io(&overlay, &["read -P 5 0 1M", "read -P 0 1M 3M", "write -P 6 512k 1M", "read -P 6 512k 1M"])
-            .unwrap();
-        check(&overlay);
-        assert!(fs::read(&base).unwrap().iter().all(|byte| *byte == 5));
+        let at = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+        let longest = "b".repeat(200);
+        fs::write(at(&longest), vec![0; MIB as usize]).unwrap();
+        for (name, options) in [("v3", "compat=1.1,cluster_size=2M"), ("v2", "compat=0.10,cluster_size=512")] {
+            let arguments = ["create", "-q", "-f", "qcow2", "-o", options, "-b", &longest, "-F", "raw", &at(name)];
+            images::run("qemu-img", &arguments).unwrap();
+            assert_eq!(backing_of(&File::open(at(name)).unwrap()).unwrap(), Some(Backing::raw(&longest)), "{name}");
+        }
+        // The name is known before the content: nothing that follows from a damaged one is read.
+        let whole = fs::read(at("v3")).unwrap();
+        for (at_byte, value) in [(0, 0), (8, 0xff), (16, 0xff), (18, 0xff)] {
+            let mut bytes = whole[..4096].to_vec();
+            bytes[at_byte] = value;
+            fs::write(at("damaged"), bytes).unwrap();
+            assert_eq!(backing_of(&File::open(at("damaged")).unwrap()).unwrap(), None, "{at_byte}");
+        }
+        for length in [0, 3, 71, 104, 300] {
+            fs::write(at("cut"), &whole[..length]).unwrap();
+            assert_eq!(backing_of(&File::open(at("cut")).unwrap()).unwrap(), None, "{length}");
+        }
     }
 }
