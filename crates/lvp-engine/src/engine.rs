@@ -254,7 +254,7 @@ impl Engine {
         let (name, target) = (volume_name(name)?, self.target(target, caller)?);
         let receipt = self.receipt(&target, &name).await?;
         let (libvirt, holder) =
-            (self.inner.services.libvirt.clone(), self.inner.runner.holder(&target.exclusive_key(&name)));
+            (self.inner.services.libvirt.clone(), self.inner.runner.holder(&target.exclusive_key(&name)).await?);
         blocking(move || {
             let volume = target.backend.find(&name)?.ok_or_else(|| no_volume(&name, &target))?;
             let mut users = holder.map(|id| format!("being written by job {id}")).into_iter().collect::<Vec<_>>();
@@ -279,7 +279,7 @@ impl Engine {
     pub async fn verify_volume(&self, name: &str, target: Option<&str>, caller: Caller) -> Result<VolumeVerification> {
         let (name, target) = (volume_name(name)?, self.target(target, caller)?);
         let receipt = self.receipt(&target, &name).await?;
-        self.refuse_held(&name, &target)?;
+        self.refuse_held(&name, &target).await?;
         let _turn = self.inner.verifying.lock().await;
         let progress = Progress::default();
         let _ends_with_the_caller = StopOnDrop(progress.clone());
@@ -291,8 +291,8 @@ impl Engine {
     }
 
     /// Refuses a volume that a job works on.
-    fn refuse_held(&self, name: &VolumeName, target: &Target) -> Result<()> {
-        match self.inner.runner.holder(&target.exclusive_key(name)) {
+    async fn refuse_held(&self, name: &VolumeName, target: &Target) -> Result<()> {
+        match self.inner.runner.holder(&target.exclusive_key(name)).await? {
             None => Ok(()),
             Some(job) => {
                 Err(Error::new(ErrorCode::VolumeInUse, format!("volume {name} is being written by job {job}"))
@@ -304,7 +304,7 @@ impl Engine {
     /// Deletes a volume that lvp made and nothing uses.
     pub async fn delete_volume(&self, name: &str, target: Option<&str>, force: bool, caller: Caller) -> Result<()> {
         let (name, target) = (volume_name(name)?, self.target(target, caller)?);
-        self.refuse_held(&name, &target)?;
+        self.refuse_held(&name, &target).await?;
         let libvirt = self.inner.services.libvirt.clone();
         blocking(move || {
             let volume = provision::find_settled(&*target.backend, &name)?.ok_or_else(|| no_volume(&name, &target))?;

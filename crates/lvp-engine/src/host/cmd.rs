@@ -5,6 +5,7 @@
 use std::{
     ffi::{OsStr, OsString},
     io::Read,
+    os::unix::process::{CommandExt, ExitStatusExt},
     process::{Command, Stdio},
     thread,
     time::{Duration, Instant},
@@ -16,13 +17,15 @@ use crate::error::{Error, Result};
 
 /// How much of a failed program's stderr goes into the error.
 const STDERR_KEPT: usize = 1024;
+/// The detail of an error that has the number of a signal.
+const SIGNAL: &str = "signal";
 /// How often a running program is looked at.
 const POLL: Duration = Duration::from_millis(5);
 
 /// What a program left: its exit code and what it printed.
 #[derive(Debug)]
 pub struct Finished {
-    /// The exit code; -1 when a signal ended it.
+    /// The exit code.
     pub code: i32,
     /// Standard output, as text.
     pub stdout: String,
@@ -33,8 +36,9 @@ pub struct Finished {
 /// Runs `program` with `arguments` to its end, `limit` at most.
 ///
 /// # Errors
-/// `command_failed` when the program is missing, cannot be started or is killed at the limit. An exit code other
-/// than 0 is not an error here: LVM, for one, exits with 5 for everything, and only the caller can tell.
+/// `command_failed` when the program is missing, cannot be started, is killed at the limit, or ended by a signal: see
+/// [`ended_by_signal`]. An exit code other than 0 is not an error here: LVM, for one, exits with 5 for everything, and only
+/// the caller can tell.
 pub fn run(program: &str, arguments: &[impl AsRef<OsStr>], limit: Duration) -> Result<Finished> {
     let mut child = Command::new(program)
         .args(arguments)
@@ -45,6 +49,8 @@ pub fn run(program: &str, arguments: &[impl AsRef<OsStr>], limit: Duration) -> R
         .env("LC_ALL", "C")
         // The daemon's sockets and locks are close-on-exec; LVM still looks at every descriptor.
         .env("LVM_SUPPRESS_FD_WARNINGS", "1")
+        // What is typed at the terminal to stop us is for us to handle, and maybe to be undone with this program.
+        .process_group(0)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -72,7 +78,21 @@ pub fn run(program: &str, arguments: &[impl AsRef<OsStr>], limit: Duration) -> R
         }
     };
     let stderr = stderr.join().unwrap_or_default();
-    Ok(Finished { code: status.code().unwrap_or(-1), stdout: stdout.join().unwrap_or_default(), stderr: tail(&stderr) })
+    if let Some(signal) = status.signal() {
+        let message = format!("{program} was ended by signal {signal}");
+        let error = Error::new(ErrorCode::CommandFailed, message).detail("command", line(program, arguments));
+        return Err(error.detail(SIGNAL, signal));
+    }
+    Ok(Finished {
+        code: status.code().unwrap_or_default(),
+        stdout: stdout.join().unwrap_or_default(),
+        stderr: tail(&stderr),
+    })
+}
+
+/// Whether a program was ended by a signal. systemd sends one to all programs of a service that it stops (systemd.kill(5)).
+pub fn ended_by_signal(error: &Error) -> bool {
+    error.to_body().details.contains_key(SIGNAL)
 }
 
 /// The error for a program that ended with a code other than 0.
@@ -149,6 +169,20 @@ mod tests {
         let error = run("lvp-no-such-program", &["x"], LIMIT).unwrap_err();
         assert!(error.chain().contains("lvp-no-such-program could not be started"), "{error:?}");
         assert!(!error.retryable());
+    }
+
+    #[test]
+    fn a_signal_is_told_from_an_exit() {
+        let error = run("sh", &["-c", "kill -TERM $$"], LIMIT).unwrap_err();
+        assert_eq!(error.to_string(), "sh was ended by signal 15");
+        assert!(ended_by_signal(&error));
+    }
+
+    #[test]
+    fn what_the_terminal_sends_to_us_does_not_reach_programs() {
+        let group = |of: &str| of.split_whitespace().nth(4).unwrap().to_owned();
+        let theirs = run("cat", &["/proc/self/stat"], LIMIT).unwrap().stdout;
+        assert_ne!(group(&theirs), group(&std::fs::read_to_string("/proc/self/stat").unwrap()));
     }
 
     #[test]

@@ -32,10 +32,13 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    host::cmd::ended_by_signal,
     metrics,
     progress::{Progress, Stop},
 };
 
+/// When a program is ended together with the daemon, the daemon learns of it within this.
+const STOP_FOLLOWS: Duration = Duration::from_secs(2);
 /// A job that was interrupted this often is not begun again.
 const MOST_ATTEMPTS: u32 = 5;
 
@@ -175,9 +178,16 @@ impl<C: Send + 'static> Runner<C> {
         self.get(id).await
     }
 
-    /// The job that holds this exclusive key now.
-    pub fn holder(&self, exclusive: &str) -> Option<JobId> {
-        self.inner.live().values().find(|live| live.entry.exclusive == exclusive).map(|live| live.entry.id)
+    /// The job that holds this exclusive key now. Once its end can be read, it holds nothing.
+    pub async fn holder(&self, exclusive: &str) -> Result<Option<JobId>> {
+        let holds = |live: &&Live| live.entry.exclusive == exclusive;
+        let Some(id) = self.inner.live().values().find(holds).map(|live| live.entry.id) else { return Ok(None) };
+        match self.inner.store.get(id).await {
+            Ok(job) => Ok((!job.status.is_terminal()).then_some(id)),
+            // It has ended, and was forgotten.
+            Err(error) if error.code() == ErrorCode::JobNotFound => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// How many jobs run.
@@ -298,7 +308,7 @@ impl<C: Send + 'static> Inner<C> {
             self.forward(id, &mut context, steps, &progress).await
         };
         let result = match result {
-            Err(error) if error.code() == ErrorCode::ShuttingDown => {
+            Err(error) if is_of_a_shutdown(&error, &progress).await => {
                 tracing::info!(job_id = %id, "job is interrupted and will be resumed");
                 self.store.requeue_stopped(id).await?;
                 return Ok(None);
@@ -424,6 +434,16 @@ impl<C: Send + 'static> Inner<C> {
         let record = (self.execution.record)(&context);
         self.end(stored.id, &progress, Err(error), record).await.map(drop)
     }
+}
+
+/// Whether a job ended only because the daemon stops: it saw that itself, or a program that it ran was stopped with the
+/// daemon, maybe a moment before.
+async fn is_of_a_shutdown(error: &Error, progress: &Progress) -> bool {
+    if ended_by_signal(error) {
+        let _ = tokio::time::timeout(STOP_FOLLOWS, progress.stopped()).await;
+        return progress.stop_reason() == Some(Stop::Shutdown);
+    }
+    error.code() == ErrorCode::ShuttingDown
 }
 
 /// Runs an action; a panic in it is an error of the job, not of the daemon.

@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use super::*;
+use crate::host::cmd;
 
 /// A job that keeps a list of what was done, in a file that outlives it.
 struct Diary {
@@ -26,6 +27,10 @@ impl Diary {
             Some(at) if at == name => return Err(Error::new(ErrorCode::InputOutput, "the disk is on fire")),
             Some("panic") if name == "two" => panic!("out of cheese"),
             Some("hang") if name == "two" => self.progress.until_stopped(std::future::pending::<()>()).await?,
+            // As systemd does it: the program of the step gets the signal too.
+            Some("signal") if self.done == 0 => {
+                cmd::run("sh", &["-c", "kill -TERM $$"], Duration::from_secs(10)).map(drop)?;
+            }
             Some("stop") if self.done == 0 => self.progress.stop(Stop::Shutdown),
             _ => {}
         }
@@ -161,6 +166,23 @@ async fn a_shutdown_undoes_nothing_and_the_next_start_resumes() {
     // To be told to stop is no failed attempt.
     assert_eq!((stored.status, stored.attempts), (JobStatus::Completed, 1));
     assert_eq!(bench.diary(), "+one +two +one +two ");
+}
+
+#[tokio::test]
+async fn a_program_that_is_stopped_with_the_daemon_fails_no_job() {
+    let bench = Bench::new();
+    let runner = bench.runner(Some("signal"));
+    runner.begin(Recovery::Resume).await.unwrap();
+    let (id, _) = runner.submit(job()).await.unwrap();
+    until(&runner, id, |_| bench.diary().contains("+one")).await;
+    runner.shutdown(Duration::from_secs(10)).await;
+    assert_eq!(runner.get(id).await.unwrap().status, JobStatus::Pending);
+    // Without a stop of the daemon it is a failure.
+    let next = bench.runner(Some("signal"));
+    next.begin(Recovery::Resume).await.unwrap();
+    let stored = until(&next, id, |stored| stored.status.is_terminal()).await;
+    assert_eq!(stored.error.unwrap().message, "sh was ended by signal 15");
+    assert_eq!(bench.diary(), "+one +one -one ");
 }
 
 #[tokio::test]
