@@ -58,7 +58,8 @@ pub fn run(program: &str, arguments: &[impl AsRef<OsStr>], limit: Duration) -> R
         .map_err(|error| not_started(program, error))?;
     let stdout = reader(child.stdout.take());
     let stderr = reader(child.stderr.take());
-    let deadline = Instant::now() + limit;
+    let begun = Instant::now();
+    let deadline = begun + limit;
     let status = loop {
         match child.try_wait() {
             Ok(Some(status)) => break status,
@@ -78,6 +79,7 @@ pub fn run(program: &str, arguments: &[impl AsRef<OsStr>], limit: Duration) -> R
         }
     };
     let stderr = stderr.join().unwrap_or_default();
+    tracing::debug!(command = line(program, arguments), %status, milliseconds = begun.elapsed().as_millis() as u64, "a program ended");
     if let Some(signal) = status.signal() {
         let message = format!("{program} was ended by signal {signal}");
         let error = Error::new(ErrorCode::CommandFailed, message).detail("command", line(program, arguments));

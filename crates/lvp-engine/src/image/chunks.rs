@@ -3,9 +3,18 @@
 //!
 //! They guard against a cache that changed, not against a source that lies: that is what the image's own digest is for.
 
-use std::{fs::File, io::Read, path::Path};
+use std::{
+    cell::LazyCell,
+    fs::File,
+    io::{self, Read, Seek},
+    path::Path,
+};
 
 use lvp_api::ErrorCode;
+use rustix::{
+    fs::{SeekFrom, seek},
+    io::Errno,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -80,10 +89,24 @@ impl Chunks {
         let mut buffer = vec![0; READ.min(self.size.max(1))];
         let (mut hasher, mut filled, mut offset) = (blake3::Hasher::new(), 0, 0_u64);
         let mut expected = self.blake3.iter();
+        let zeros = LazyCell::new(|| of_zeros(self.size));
         loop {
             progress.check()?;
             if mark.has_failed() {
                 return Err(Error::new(ErrorCode::Interrupted, "nobody reads the image any more"));
+            }
+            // Nobody need read the holes of a sparse disk to know that they are zero.
+            let chunk = offset + self.size as u64;
+            if filled == 0
+                && is_hole(&mut file, offset, chunk).map_err(failed)?
+                && expected.as_slice().first() == Some(&*zeros)
+            {
+                file.seek(io::SeekFrom::Start(chunk)).map_err(failed)?;
+                expected.next();
+                offset = chunk;
+                progress.advance(self.size as u64);
+                mark.advance(offset);
+                continue;
             }
             let most = buffer.len().min(self.size - filled);
             let count = file.read(&mut buffer[..most]).map_err(failed)?;
@@ -104,6 +127,26 @@ impl Chunks {
             }
         }
     }
+}
+
+/// The digest of a chunk of zeros, as a sidecar has it.
+fn of_zeros(size: usize) -> String {
+    let mut hasher = blake3::Hasher::new();
+    io::copy(&mut io::repeat(0).take(size as u64), &mut hasher).expect("hashing is no input or output");
+    hasher.finalize().to_hex().to_string()
+}
+
+/// Whether a file has no data from `start`, where it is read next, to `end`, and is no shorter (lseek(2), SEEK_DATA).
+fn is_hole(file: &mut File, start: u64, end: u64) -> io::Result<bool> {
+    let data = match seek(&*file, SeekFrom::Data(start)) {
+        Ok(data) => data,
+        // A hole to the end; or a file system that does not know, and then there is data for all that is known.
+        Err(Errno::NXIO) => file.metadata()?.len(),
+        Err(Errno::INVAL) => start,
+        Err(error) => return Err(error.into()),
+    };
+    file.seek(io::SeekFrom::Start(start))?;
+    Ok(data >= end)
 }
 
 fn damaged(path: &Path, offset: u64) -> Error {
@@ -140,6 +183,36 @@ mod tests {
             let bytes: Vec<u8> = (0..length).map(|at| (at / 1000) as u8).collect();
             compare(&bytes, &chunks(&bytes)).unwrap();
         }
+    }
+
+    #[test]
+    fn holes_are_zeros_and_nothing_else() {
+        use std::os::unix::fs::FileExt;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let compare = |chunks: &Chunks| {
+            let mark = Watermark::default();
+            chunks.compare(file.path(), &mark, &Progress::default()).map(|()| mark.has_moved())
+        };
+        // Data, two chunks of holes, data that begins in the middle of a chunk, and a hole to the end within one.
+        let mut bytes = vec![0; 5 * CHUNK + 10];
+        bytes[..CHUNK].fill(7);
+        bytes[3 * CHUNK + 5000..4 * CHUNK].fill(8);
+        file.as_file().set_len(bytes.len() as u64).unwrap();
+        file.as_file().write_all_at(&bytes[..CHUNK], 0).unwrap();
+        file.as_file().write_all_at(&bytes[3 * CHUNK + 5000..4 * CHUNK], 3 * CHUNK as u64 + 5000).unwrap();
+        assert!(compare(&chunks(&bytes)).unwrap());
+        // A hole where data was is damage, a byte in a hole too, and so is a hole that ends early.
+        let mut other = bytes.clone();
+        other[CHUNK..3 * CHUNK].fill(1);
+        assert_eq!(compare(&chunks(&other)).unwrap_err().code(), ErrorCode::ChecksumMismatch);
+        file.as_file().write_all_at(b"x", 2 * CHUNK as u64 + 77).unwrap();
+        assert_eq!(compare(&chunks(&bytes)).unwrap_err().code(), ErrorCode::ChecksumMismatch);
+        let sparse = vec![0; 3 * CHUNK];
+        file.as_file().set_len(0).unwrap();
+        file.as_file().set_len(3 * CHUNK as u64 - 1).unwrap();
+        assert_eq!(compare(&chunks(&sparse)).unwrap_err().code(), ErrorCode::ChecksumMismatch);
+        file.as_file().set_len(3 * CHUNK as u64).unwrap();
+        assert!(compare(&chunks(&sparse)).unwrap());
     }
 
     #[test]

@@ -118,10 +118,7 @@ pub async fn clone_base(
     let (backend, base, order) = (Arc::clone(backend), base.clone(), order.clone());
     blocking(move || {
         let bases = backend.bases()?.ok_or_else(|| no_bases(&*backend))?;
-        let volume = bases.clone_base(&base, &NewVolume { name: &order.name, size: order.size, job })?;
-        // Readies its device.
-        backend.target(&volume, false)?;
-        Ok(volume)
+        bases.clone_base(&base, &NewVolume { name: &order.name, size: order.size, job })
     })
     .await
 }

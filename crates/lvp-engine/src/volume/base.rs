@@ -78,7 +78,8 @@ pub trait BaseStore: Send + Sync {
     fn unsealed(&self) -> Result<Vec<JobId>>;
 
     /// Makes a volume that shares the base's blocks, or stands on it, is writable and has the size asked for, rounded up, with
-    /// zeros behind the base's end. It has its tags from the first moment. A crash may leave it with the size of the base.
+    /// zeros behind the base's end. It has its tags from the first moment, and its device is there in the
+    /// end. A crash may leave it with the size of the base.
     ///
     /// # Errors
     /// `file_in_the_way` when the name is taken, `image_too_large` when the base is larger than the volume;

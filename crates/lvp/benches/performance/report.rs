@@ -8,13 +8,11 @@ use serde_json::Value;
 pub fn group(group: &Value) -> String {
     let mut text = format!("\n{}\n", title(group));
     for (way, numbers) in group["ways"].as_object().into_iter().flatten() {
-        let _ = writeln!(
-            text,
-            "  {way:<14} {} s, processors {} s, memory {:.0} MiB",
-            spread(&numbers["wall_s"]),
-            spread(&numbers["processor_s"]),
-            numbers["peak_mib"][2].as_f64().unwrap_or_default(),
-        );
+        let _ = write!(text, "  {way:<14} {} s", spread(&numbers["wall_s"]));
+        if let Some(peak) = numbers["peak_mib"][2].as_f64() {
+            let _ = write!(text, ", processors {} s, memory {peak:.0} MiB", spread(&numbers["processor_s"]));
+        }
+        text.push('\n');
     }
     for (name, key) in [("manual", "manual_parts_s"), ("alone", "alone_s")] {
         if let Some(parts) = group[key].as_object() {
