@@ -13,7 +13,7 @@ fuzz_target!(|input: &[u8]| -> Corpus {
         let Some((_, bytes)) = image(input) else { return Corpus::Reject };
         match inspect(&*bytes, format) {
             Ok(header) => {
-                assert!(header.virtual_size > 0 && header.virtual_size <= VIRTUAL_SIZE_LIMIT);
+                assert!(header.virtual_size.is_some_and(|size| (1..=VIRTUAL_SIZE_LIMIT).contains(&size)));
                 assert_eq!(header.stored_size, bytes.len());
             }
             Err(error) => assert_refusal(&error),

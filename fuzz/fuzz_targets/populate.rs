@@ -16,17 +16,18 @@ use libfuzzer_sys::{Corpus, fuzz_target};
 use lvp_api::{ContentDigest, ImageFormat, ZeroPolicy};
 use lvp_engine::{
     format::{Bytes, Decoder, Extent, Image, PopulateOptions, inspect, populate, sync},
-    host::block::BlockTarget,
+    host::{block::BlockTarget, priority::IoPriority},
     progress::Progress,
 };
 use lvp_fuzz::{assert_refusal, disk_size, image, opened, walk};
 use rustix::fs::{MemfdFlags, memfd_create};
 
 /// The largest disk that is copied, in bytes: more than one chunk, and no more, since every byte of it is looked at.
-const LARGEST: u64 = (1 << 20) + (192 << 10);
+const LARGEST: u64 = (2 << 20) + (192 << 10);
 /// What the target has in it before.
 const OLD: u8 = 0xaa;
-const OPTIONS: PopulateOptions = PopulateOptions { workers: 2, zero: ZeroPolicy::Full };
+const OPTIONS: PopulateOptions =
+    PopulateOptions { workers: 2, zero: ZeroPolicy::Full, io_priority: IoPriority::Normal };
 
 fn target() -> &'static File {
     static TARGET: OnceLock<File> = OnceLock::new();
@@ -95,10 +96,12 @@ fn unproven_extents(image: &Image) -> Option<Vec<Extent>> {
 fuzz_target!(|input: &[u8]| -> Corpus {
     let Some((tail, bytes)) = image(input) else { return Corpus::Reject };
     let Ok(header) = inspect(&*bytes, ImageFormat::Qcow2) else { return Corpus::Keep };
-    if header.virtual_size > LARGEST {
+    // The header of a qcow2 says it.
+    let virtual_size = header.virtual_size.expect("a qcow2 image has a size");
+    if virtual_size > LARGEST {
         return Corpus::Reject;
     }
-    let size = header.virtual_size.next_multiple_of(512) + 512 * u64::from(tail);
+    let size = virtual_size.next_multiple_of(512) + 512 * u64::from(tail);
     let unproven = Image::unproven(bytes.clone(), header, None);
     let disk = unproven_extents(&unproven).and_then(|extents| expected(&unproven, &extents));
     let along = copied(&unproven, disk.as_deref(), size, true);
