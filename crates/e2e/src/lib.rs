@@ -3,11 +3,13 @@
 //! It knows nothing of lvp's crates: tests drive the built binary or bring their own types.
 
 pub mod bed;
+pub mod cell;
 pub mod fixture;
 pub mod images;
 pub mod minio;
 pub mod product;
 pub mod s3;
 pub mod server;
+pub mod verdict;
 pub mod vm;
 pub mod volumes;

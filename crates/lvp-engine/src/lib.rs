@@ -10,6 +10,7 @@
 //!  row 0   watermark zero            how far a file is good; whether bytes are zero
 //!  row 0   qcow2_file                qcow2 files that lvp makes, and which file below one names
 //!  row 0   host db progress metrics task
+//!  row 0   fault                     where tests break it on purpose
 //!  row 0   error limit               what went wrong; how fast work may go
 //! ```
 //! It leaves out HTTP servers, command lines and configuration files.
@@ -19,6 +20,7 @@ pub mod bench;
 mod db;
 pub mod doctor;
 mod engine;
+mod fault;
 mod health;
 mod image;
 mod job;

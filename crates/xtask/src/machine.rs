@@ -41,6 +41,8 @@ const PACKAGES: &[&str] = &[
     "jq",
     "procps",
     "psmisc",
+    "attr",
+    "sqlite3",
 ];
 /// Documents that nobody reads in there.
 const LEFT_OUT: &[&str] = &["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*"];

@@ -10,6 +10,7 @@ mod bases;
 mod cache;
 mod command;
 mod conformance;
+mod faults;
 mod interruption;
 mod linked;
 mod provision;
@@ -49,6 +50,7 @@ const SUBJECTS: &[(&str, &[Scenario])] = &[
     ("queue", queue::SCENARIOS),
     ("cache", cache::SCENARIOS),
     ("command", command::SCENARIOS),
+    ("faults", faults::SCENARIOS),
 ];
 
 /// What one job, or one command that waits for a job, may take in the emulated machine.
@@ -95,7 +97,13 @@ fn main() -> ExitCode {
     let conclusion = libtest_mimic::run(&arguments, trials);
     // Ends the machines and their MinIO: nothing else holds them now.
     drop(worlds);
-    conclusion.exit_code()
+    match faults::never_passed() {
+        Ok(points) if points.is_empty() => conclusion.exit_code(),
+        other => {
+            eprintln!("points of the fault matrix that nothing passed: {other:?}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn machines() -> usize {

@@ -27,6 +27,7 @@ use rustix::fs::{CWD, RenameFlags};
 use super::{partial, sidecar::Sidecar};
 use crate::{
     error::{Error, Result},
+    fault,
     host::lock::Lock,
 };
 
@@ -170,8 +171,10 @@ impl Directory {
                 continue;
             }
             self.remember(name, sidecar)?;
-            match rename_new(partial, &image) {
+            let reached = fault::point("cache.remembered").map_err(io::Error::other);
+            match reached.and_then(|()| rename_new(partial, &image)) {
                 Ok(()) => {
+                    fault::point("cache.published")?;
                     self.sync()?;
                     return Ok(name.clone());
                 }

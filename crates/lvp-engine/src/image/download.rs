@@ -25,6 +25,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    fault,
     progress::Progress,
     watermark::Watermark,
 };
@@ -224,6 +225,7 @@ impl Download<'_> {
             self.reserve(at.reserved).await?;
         }
         writer.send(Order::Write(chunk)).await?;
+        fault::point("download.received").map_err(Failure::never)?;
         at.offset = end;
         at.fetched += length;
         self.progress.advance(length);

@@ -38,6 +38,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    fault,
     host::libvirt::StoragePool,
     progress::Progress,
     watermark::Watermark,
@@ -268,6 +269,10 @@ impl Images {
             }
         };
         let Downloaded { partial, size, digests, along_is_good, fetched, .. } = downloaded;
+        if let Err(error) = fault::point("download.verified") {
+            lead.fail(&error);
+            return Err(error);
+        }
         let verified = resolved.expected.is_some();
         // The virtual size is the known image's business: nothing new is written.
         let sidecar = Sidecar::new(&digests, resolved.wanted.format, size, None, verified);

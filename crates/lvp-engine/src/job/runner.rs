@@ -32,6 +32,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    fault,
     host::cmd::ended_by_signal,
     metrics,
     progress::{Progress, Stop},
@@ -238,7 +239,9 @@ impl<C: Send + 'static> Runner<C> {
         let inner = Arc::clone(&self.inner);
         tokio::spawn(async move {
             metrics::job_started();
-            let ended = inner.run(id, progress).await.unwrap_or_else(|error| {
+            // Whatever happens to it, it does not hold its volume for ever.
+            let ran = AssertUnwindSafe(inner.run(id, progress)).catch_unwind().await;
+            let ended = ran.unwrap_or_else(|panic| Err(panicked("the run of a job", &*panic))).unwrap_or_else(|error| {
                 tracing::error!(job_id = %id, error = %error.chain(), "the job's end could not be recorded; it will be resumed");
                 None
             });
@@ -337,7 +340,7 @@ impl<C: Send + 'static> Inner<C> {
                 return (Err(error), position);
             }
             tracing::debug!(job_id = %id, step = step.name, "step begins");
-            let result = act(step.ensure, context, step.name).await;
+            let result = act(step.ensure, context, step.name, "").await;
             self.announce();
             if result.is_err() {
                 return (result, position + 1);
@@ -358,7 +361,7 @@ impl<C: Send + 'static> Inner<C> {
     async fn backward(&self, id: JobId, context: &mut C, steps: &[Step<C>], mut error: Error) -> Error {
         let mut leftovers = Vec::new();
         for (position, step) in steps.iter().enumerate().rev() {
-            if let Err(failure) = act(step.undo, context, step.name).await {
+            if let Err(failure) = act(step.undo, context, step.name, "undo.").await {
                 tracing::error!(job_id = %id, step = step.name, error = %failure.chain(), "step could not be undone");
                 leftovers.push(Value::String(format!("{}: {}", step.name, failure.chain())));
                 continue;
@@ -411,7 +414,11 @@ impl<C: Send + 'static> Inner<C> {
     ) -> Result<()> {
         let mut wait = Duration::from_millis(250);
         loop {
-            match self.store.finish(id, status, snapshot.clone(), error.clone(), record.clone()).await {
+            let recorded = match fault::point("job.end") {
+                Ok(()) => self.store.finish(id, status, snapshot.clone(), error.clone(), record.clone()).await,
+                Err(failure) => Err(failure),
+            };
+            match recorded {
                 Err(failure) if !self.stopping.load(Ordering::Relaxed) => {
                     tracing::error!(job_id = %id, error = %failure.chain(), "the job's end cannot be recorded yet");
                     tokio::time::sleep(wait).await;
@@ -447,14 +454,21 @@ async fn is_of_a_shutdown(error: &Error, progress: &Progress) -> bool {
 }
 
 /// Runs an action; a panic in it is an error of the job, not of the daemon.
-async fn act<C>(action: Action<C>, context: &mut C, name: &str) -> Result<()> {
-    AssertUnwindSafe(action(context)).catch_unwind().await.unwrap_or_else(|panic| {
-        let said = panic
-            .downcast_ref::<&str>()
-            .map(|text| (*text).to_owned())
-            .or_else(|| panic.downcast_ref::<String>().cloned());
-        Err(Error::internal(format!("step {name} panicked: {}", said.unwrap_or_default())))
-    })
+async fn act<C>(action: Action<C>, context: &mut C, name: &str, undo: &str) -> Result<()> {
+    let acted = async {
+        fault::point(&format!("{undo}{name}.begin"))?;
+        action(context).await?;
+        fault::point(&format!("{undo}{name}.end"))
+    };
+    let acted = AssertUnwindSafe(acted).catch_unwind().await;
+    acted.unwrap_or_else(|panic| Err(panicked(&format!("step {undo}{name}"), &*panic)))
+}
+
+/// A panic as an error, with what it said.
+fn panicked(what: &str, panic: &(dyn std::any::Any + Send)) -> Error {
+    let said = panic.downcast_ref::<&str>().copied();
+    let said = said.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("nothing");
+    Error::internal(format!("{what} panicked and said: {said}"))
 }
 
 #[cfg(test)]

@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    fault,
     format::{self, Counts, Populated},
     host::block::BlockTarget,
     task::blocking,
@@ -103,6 +104,7 @@ impl Context {
         let job = self.id;
         let made = blocking(move || {
             let volume = backend.create(&NewVolume { name: &wanted.name, size: wanted.size, job })?;
+            fault::point("volume.created")?;
             let target = backend.target(&volume, true)?;
             match wanted.format {
                 DiskFormat::Raw => Ok(target),
@@ -171,6 +173,7 @@ impl Context {
         blocking(move || {
             if let Some(target) = &target {
                 format::sync(target)?;
+                fault::point("volume.synced")?;
                 if wanted.format == DiskFormat::Qcow2 {
                     format::end_qcow2(target)?;
                 }
@@ -193,6 +196,7 @@ impl Context {
         }
         blocking(move || format::sync(&target)).await?;
         let base = sharing::seal_base(&backend, self.id, &digest, &populated.content).await?;
+        fault::point("base.sealed")?;
         let volume = sharing::clone_base(&backend, &base, &wanted, self.id).await?;
         self.record.device_path = Some(volume.path.display().to_string());
         Ok(())

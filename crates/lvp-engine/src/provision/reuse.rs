@@ -10,7 +10,7 @@ use super::{
     new_volume::Destination,
     plan,
 };
-use crate::{error::Result, format, task::blocking};
+use crate::{error::Result, fault, format, task::blocking};
 
 impl Context {
     /// Readies the volume for writing, if it is still what was asked for and free.
@@ -40,6 +40,7 @@ impl Context {
         progress.enter(Stage::Populating, target.size);
         // From here on the volume holds no image, until the last byte is on the device.
         let untagged = blocking(move || backend.set_image(&find_existing(&*backend, &wanted)?, None)).await;
+        let untagged = untagged.and_then(|()| fault::point("volume.untagged"));
         let populated = match untagged {
             Ok(()) => blocking(move || format::populate(&image, &target, &options, &progress)).await,
             Err(error) => {

@@ -21,6 +21,7 @@ use tokio::sync::OwnedMutexGuard;
 use super::{order::VolumeOrder, services::Services};
 use crate::{
     error::{Error, Result},
+    fault,
     host::block::BlockTarget,
     progress::Progress,
     task::blocking,
@@ -84,7 +85,9 @@ pub async fn find_base(backend: &Arc<dyn VolumeBackend>, digest: &Digest) -> Res
 /// Makes a base for this job to write, in a place that has bases; `None` elsewhere.
 pub async fn begin_base(backend: &Arc<dyn VolumeBackend>, size: u64, job: JobId) -> Result<Option<BlockTarget>> {
     let backend = Arc::clone(backend);
-    blocking(move || backend.bases()?.map(|bases| bases.create(size, job)).transpose()).await
+    let made = blocking(move || backend.bases()?.map(|bases| bases.create(size, job)).transpose()).await?;
+    fault::point("base.created")?;
+    Ok(made)
 }
 
 /// Removes the base that this job has not finished.

@@ -6,6 +6,7 @@ use std::ops::Range;
 use super::{super::content::is_zero, Counts};
 use crate::{
     error::Result,
+    fault,
     host::block::{BLOCK, OpenTarget},
     progress::Progress,
 };
@@ -40,6 +41,7 @@ impl<'a> Writer<'a> {
         let progress = self.progress;
         let mut may = |written| progress.pace_write(written);
         self.done.bytes_offloaded += self.target.zero(range.start, length, &mut may)?;
+        fault::point("populate.zeroed")?;
         self.done.bytes_zeroed += length;
         Ok(())
     }
@@ -55,6 +57,7 @@ impl<'a> Writer<'a> {
             } else {
                 self.progress.pace_write((end - at) as u64)?;
                 self.target.write_at(&bytes[at..end], offset + at as u64)?;
+                fault::point("populate.written")?;
                 self.done.bytes_written += (end - at) as u64;
             }
             at = end;

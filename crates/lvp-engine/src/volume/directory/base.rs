@@ -33,6 +33,7 @@ use serde::{Deserialize, Serialize};
 use super::{Directory, GRANULARITY, Holds, Record, in_the_way, read_record, rounded, sync_directory, write_record};
 use crate::{
     error::{Error, Result},
+    fault,
     host::block::{BlockTarget, users_of},
     qcow2_file::backing_of,
     volume::{
@@ -195,6 +196,7 @@ impl BaseStore for FileBases<'_> {
             return Err(nothing_to_seal(job, &self.directory.label()));
         }
         self.mark(&unsealed, digest, content)?;
+        fault::point("base.marked")?;
         match renameat_with(CWD, &unsealed, CWD, &sealed, RenameFlags::NOREPLACE) {
             Ok(()) => sync_directory(&self.directory.path)?,
             // Another job was quicker, or something that is no base is there.

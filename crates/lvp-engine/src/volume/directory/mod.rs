@@ -40,6 +40,7 @@ use self::base::FileBases;
 use super::{BaseStore, Capabilities, NewVolume, Space, Tags, Volume, VolumeBackend, not_ours};
 use crate::{
     error::{Error, Result},
+    fault,
     host::block::BlockTarget,
     qcow2_file::{Backing, write_overlay},
 };
@@ -150,7 +151,8 @@ impl Directory {
             DiskFormat::Qcow2 => (0, Some(size)),
         };
         let record = Record { job: Some(new.job), image: None, size: noted };
-        let born = self.make(&unborn, length, &record, holds).and_then(|()| {
+        let made = self.make(&unborn, length, &record, holds).and_then(|()| fault::point("volume.unborn"));
+        let born = made.and_then(|()| {
             renameat_with(CWD, &unborn, CWD, &path, RenameFlags::NOREPLACE).map_err(|error| match error {
                 Errno::EXIST => in_the_way(&path),
                 error => Error::io("creating", &path, error.into()),

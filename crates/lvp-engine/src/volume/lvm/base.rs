@@ -24,6 +24,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    fault,
     host::block::BlockTarget,
     volume::{
         NewVolume, Volume, VolumeBackend,
@@ -159,6 +160,7 @@ impl BaseStore for PoolBases<'_> {
             (None, None) => return Err(nothing_to_seal(job, &self.lvm.label())),
         };
         self.mark(row, digest, content)?;
+        fault::point("base.marked")?;
         let renamed = self.lvm.run_ok("lvrename", &[&self.lvm.group, &row.lv_name, &self.sealed_name(digest)]);
         let base = self.find(digest)?;
         match (renamed, base) {
@@ -195,6 +197,7 @@ impl BaseStore for PoolBases<'_> {
         // be read-only.
         let how = ["-s", "-kn", "-ay", "-prw", &self.lvm.full_name(&base.name)];
         self.lvm.make(new.name.as_str(), new.job, &how)?;
+        fault::point("base.cloned")?;
         if new.size > base.size {
             let (size, name) = (super::size_argument(new.size), self.lvm.full_name(new.name.as_str()));
             self.lvm.run_ok("lvextend", &["-y", "-L", &size, &name])?;

@@ -1,0 +1,42 @@
+#!/bin/bash
+# What there is now, a line for each thing: logical volumes with tags and content, files with attributes and content,
+# domains, storage pools, and what the database says of its jobs. Asks LVM, the file system, libvirt and SQLite's own tool.
+# usage: PLACE [VOLUME GROUP]
+set -euo pipefail
+place=$1 group=${2:-}
+
+if [ -n "$group" ]; then
+  udevadm settle
+  # The letter that says whether a volume is open is the auditor's too.
+  lvs --reportformat json --units b --nosuffix -o lv_name,lv_size,lv_tags,lv_attr,lv_uuid,lv_path,lv_active,origin "$group" |
+    jq -r '.report[0].lv[] | [.lv_name, .lv_size, (.lv_tags | split(",") | sort | join(",")), .lv_attr[0:5], .lv_uuid, .lv_path, .lv_active] | join("|")' |
+    while IFS='|' read -r name size tags attributes uuid path active; do
+      content=-
+      case $attributes in t*) ;; *) [ -z "$active" ] || content=$(md5sum <"$path" | cut -d' ' -f1) ;; esac
+      echo "volume $name: size=$size attributes=$attributes uuid=$uuid tags=$tags content=$content"
+    done
+  for domain in $(virsh --quiet list --all --name); do echo "domain $domain: $(virsh domstate "$domain")"; done
+  for pool in $(virsh --quiet pool-list --all --name); do
+    echo "pool $pool: $(virsh pool-dumpxml "$pool" | grep -o '<path>.*</path>')"
+    virsh pool-refresh "$pool" >/dev/null
+    virsh --quiet vol-list "$pool" | awk -v pool="$pool" 'NF { print "pool-volume " pool "/" $1 ":" }'
+  done
+fi
+
+{ find "$place/cache" "$place/volumes" "$place/linked" ! -type d 2>/dev/null || true; } | sort | while read -r file; do
+  # The lock file of the cache is there as long as the cache is.
+  [ "$file" != "$place/cache/.lvp/lock" ] || continue
+  attributes=$(getfattr --absolute-names --dump "$file" 2>/dev/null | sed -n 's/^user\.//p' | tr '\n' ';')
+  content=$(md5sum <"$file" | cut -d' ' -f1)
+  case $file in
+  */linked/*.qcow2)
+    qemu-img convert -f qcow2 -O raw "$file" "$place/raw" && content=$(md5sum <"$place/raw" | cut -d' ' -f1)
+    rm -f "$place/raw"
+    ;;
+  esac
+  echo "file ${file#"$place"/}: size=$(stat --format=%s "$file") mode=$(stat --format=%a "$file") attributes=$attributes content=$content"
+done
+{ find "$place/state" ! -type d ! -name "jobs.db*" ! -name lock 2>/dev/null || true; } | sed "s|^$place/|file |; s|$|:|"
+if [ -e "$place/state/jobs.db" ]; then
+  echo "database: $(sqlite3 "$place/state/jobs.db" 'PRAGMA integrity_check'), unfinished $(sqlite3 "$place/state/jobs.db" "SELECT count(*) FROM jobs WHERE finished_at IS NULL")"
+fi

@@ -1,0 +1,325 @@
+//! The fault matrix: a provision is broken at every point that it passes, in every way, for every kind of volume; afterwards
+//! the world is complete or as it was.
+//!
+//! ```text
+//!  points that this kind of volume passes  ×  kill, error, cancel, panic     and, for what is taken back:
+//!  STEP.end=error  and then  undo.STEP.begin, undo.STEP.end  ×  kill, error, panic
+//! ```
+//! `make faults` runs all cells. Elsewhere each point of a directory is broken in every way, and of the volumes of the test
+//! machine a fixed choice, so that every point meets every way somewhere. A binary with the points built in is in
+//! `TEST_BED_FAULTY_BINARY`. It leaves out what a cell is (`cell`) and what is right (`verdict`).
+
+use std::{
+    collections::BTreeSet,
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{Mutex, PoisonError},
+};
+
+use anyhow::{Context, Result, ensure};
+use e2e::{
+    bed::{World, target_directory},
+    cell::{Action, Here, Place, Ran, Shell},
+    fixture::Fixture,
+    images::run,
+    verdict::{Promise, Verdict, judge},
+};
+use serde_json::{Value, json};
+
+use crate::Scenario;
+
+/// The scenarios: one for each kind of volume.
+pub const SCENARIOS: &[Scenario] = &[
+    ("a_new_thick_volume_is_complete_or_was_never_there", |world| matrix(world, &THICK)),
+    ("a_new_thin_volume_is_complete_or_was_never_there", |world| matrix(world, &THIN)),
+    ("a_clone_of_a_base_is_complete_or_was_never_there", |world| matrix(world, &CLONE)),
+    ("a_reused_volume_is_complete_or_said_not_to_be", |world| matrix(world, &REUSED)),
+    ("a_new_file_is_complete_or_was_never_there", |world| matrix(world, &FILE)),
+    ("a_reused_file_is_complete_or_said_not_to_be", |world| matrix(world, &REUSED_FILE)),
+    ("a_linked_file_is_complete_or_was_never_there", |world| matrix(world, &LINKED)),
+];
+
+/// A kind of volume.
+struct Kind {
+    name: &'static str,
+    target: &'static str,
+    /// What the auditor calls the volume.
+    volume: &'static str,
+    /// Whether it is in the test machine; else on this one.
+    in_machine: bool,
+    /// Whether the base of the image is there before.
+    has_base: bool,
+    /// What makes the volume that is there before, in the place's directory.
+    prepare: &'static str,
+}
+
+const THICK: Kind =
+    Kind { name: "thick", target: "default", volume: "volume web", in_machine: true, has_base: false, prepare: "" };
+const THIN: Kind = Kind { name: "thin", target: "thin", ..THICK };
+const CLONE: Kind = Kind { name: "clone", has_base: true, ..THIN };
+const REUSED: Kind = Kind {
+    name: "reused",
+    prepare: r"lvcreate --yes --quiet --size 20M --name web --addtag backup vg0 >/dev/null
+        head --bytes=20M /dev/zero | tr '\0' '\252' | dd of=/dev/vg0/web bs=1M iflag=fullblock conv=fsync status=none
+        udevadm settle",
+    ..THICK
+};
+const FILE: Kind = Kind { name: "file", target: "files", volume: "file volumes/web.raw", in_machine: false, ..THICK };
+const REUSED_FILE: Kind = Kind {
+    name: "reused file",
+    prepare: r"mkdir volumes; head --bytes=20M /dev/zero | tr '\0' '\252' >volumes/web.raw
+        setfattr --name=user.own --value=backup volumes/web.raw",
+    ..FILE
+};
+const LINKED: Kind = Kind { name: "linked", target: "linked", volume: "file linked/web.qcow2", ..FILE };
+
+/// The size of every volume.
+const SIZE: u64 = 20 << 20;
+/// Removes what a cell left in the group, but complete bases.
+const EMPTY_GROUP: &str = "lvs --noheadings --options lv_name vg0 | tr -d ' ' |
+    { grep -v -e '^pool0$' -e '^lvp-base-[0-9a-f]\\{16\\}-' || true; } | while read -r name; do lvremove --yes --quiet vg0/$name >/dev/null; done";
+const EMPTY_BASES: &str = "lvs --noheadings --options lv_name vg0 | tr -d ' ' |
+    { grep '^lvp-base-' || true; } | while read -r name; do lvremove --yes --quiet vg0/$name >/dev/null; done";
+/// A cell of so many is run where not all are.
+const ONE_OF: usize = 8;
+/// Where the binary with the points is in the test machine.
+const BINARY: &str = "/usr/local/bin/lvp-faulty";
+
+/// Every point that some kind of volume passed in this run, and how many kinds were run.
+static PASSED: Mutex<(BTreeSet<String>, usize)> = Mutex::new((BTreeSet::new(), 0));
+
+/// The points in the code that no kind of volume passed, if all kinds were run.
+///
+/// # Errors
+/// The code cannot be read.
+pub fn never_passed() -> Result<Vec<String>> {
+    let passed = PASSED.lock().unwrap_or_else(PoisonError::into_inner);
+    if passed.1 < SCENARIOS.len() {
+        return Ok(Vec::new());
+    }
+    let known = points_in_the_code()?;
+    ensure!(known.len() > 10, "the points were not found in the code: {known:?}");
+    Ok(known.into_iter().filter(|point| !passed.0.contains(point)).collect())
+}
+
+/// All names in `fault::point("…")`, and those of the steps in `step!("…"`.
+fn points_in_the_code() -> Result<BTreeSet<String>> {
+    let mut found = BTreeSet::new();
+    let mut folders = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("../lvp-engine/src")];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let text = fs::read_to_string(&path)?;
+            let names = |before: &str| -> Vec<String> {
+                text.split(before).skip(1).filter_map(|rest| Some(rest.split_once('"')?.0.to_owned())).collect()
+            };
+            found.extend(names("fault::point(\""));
+            found.extend(
+                names("step!(\"").into_iter().flat_map(|step| [format!("{step}.begin"), format!("{step}.end")]),
+            );
+        }
+    }
+    Ok(found)
+}
+
+/// The binary on the host.
+fn binary() -> PathBuf {
+    env::var_os("TEST_BED_FAULTY_BINARY").map_or_else(|| target_directory().join("faults/lvp"), PathBuf::from)
+}
+
+/// Where and with what the cells of one kind are run.
+struct Matrix<'a> {
+    kind: &'a Kind,
+    place: Place<'a>,
+    promise: Promise,
+    request: Value,
+    rows: Vec<Row>,
+}
+
+struct Row {
+    fault: String,
+    status: String,
+    verdict: Verdict,
+    log: String,
+}
+
+fn matrix(world: &World, kind: &Kind) -> Result<()> {
+    let image = Fixture::qcow2("broken", 16, 6)?;
+    let here = Here;
+    let directory = tempfile::tempdir()?;
+    let mut matrix = Matrix::new(world, kind, &image, &here, directory.path())?;
+    let passed = matrix.undisturbed()?;
+    let cells = matrix.cells(&passed);
+    for (faults, point, action) in &cells {
+        matrix.run(faults, point, *action)?;
+    }
+    matrix.report()?;
+    let mut all = PASSED.lock().unwrap_or_else(PoisonError::into_inner);
+    all.0.extend(passed);
+    all.1 += 1;
+    Ok(())
+}
+
+impl<'a> Matrix<'a> {
+    fn new(world: &'a World, kind: &'a Kind, image: &Fixture, here: &'a Here, directory: &Path) -> Result<Self> {
+        let binary = binary();
+        ensure!(binary.is_file(), "there is no {}; scripts/e2e makes it", binary.display());
+        let published = world.publish(image)?;
+        let minio = |endpoint: String| {
+            [
+                ("MINIO_ENDPOINT", endpoint),
+                ("MINIO_ACCESS_KEY", world.minio.access_key().to_owned()),
+                ("MINIO_SECRET_KEY", world.minio.secret_key().to_owned()),
+            ]
+        };
+        let place = if kind.in_machine {
+            if world.vm.run(&format!("test -e {BINARY}"))?.code != 0 {
+                world.vm.copy_in(&binary, BINARY)?;
+                world.vm.run_ok(&format!("chmod 755 {BINARY}"))?;
+            }
+            let settings = minio(world.minio.endpoint_in_vm());
+            Place::new(&world.vm, "/var/lib/lvp-faults", BINARY, Some("vg0"), &settings)?
+        } else {
+            let port = ("PORT", xtask::boot::free_port()?.to_string());
+            let libvirt = ("LVP_LIBVIRT_URI", "none".to_owned());
+            let settings = [&minio(world.minio.endpoint())[..], &[port, libvirt]].concat();
+            let (directory, binary) = (directory.join("place"), binary.display().to_string());
+            Place::new(here as &dyn Shell, &directory.display().to_string(), &binary, None, &settings)?
+        };
+        let promise = Promise {
+            volume: kind.volume.to_owned(),
+            content: md5_on_a_volume(image)?,
+            image: md5(&image.path)?,
+            digest: image.sha256.clone(),
+        };
+        let request = json!({"image_url": published.s3_url, "volume_name": "web", "size": SIZE.to_string(),
+            "target": kind.target, "checksum": format!("sha256:{}", image.sha256)});
+        Ok(Self { kind, place, promise, request, rows: Vec::new() })
+    }
+
+    fn configuration(&self) -> String {
+        let directory = self.place.directory();
+        let files = format!(
+            "[targets.files]\nkind = \"dir\"\npath = \"{directory}/volumes\"\n
+             [targets.linked]\nkind = \"dir\"\npath = \"{directory}/linked\"\nformat = \"qcow2\"\nlinked = true\n"
+        );
+        let group = "[targets.default]\nkind = \"lvm\"\nvolume_group = \"vg0\"\n
+             [targets.thin]\nkind = \"lvm\"\nvolume_group = \"vg0\"\nthin_pool = \"pool0\"\n";
+        if self.kind.in_machine { format!("{group}{files}") } else { files }
+    }
+
+    /// Makes the world as it is before a cell.
+    fn reset(&self, with_base: bool) -> Result<()> {
+        let script = match (self.kind.in_machine, with_base) {
+            (false, _) => String::new(),
+            (true, true) => EMPTY_GROUP.to_owned(),
+            (true, false) => format!("{EMPTY_GROUP}\n{EMPTY_BASES}"),
+        };
+        self.place.reset(&self.configuration(), &script)?;
+        self.place.shell(&format!("cd {}\n{}", self.place.directory(), self.kind.prepare)).map(drop)
+    }
+
+    /// Runs the job without a fault; gives the points that it passes.
+    fn undisturbed(&self) -> Result<Vec<String>> {
+        if self.kind.has_base {
+            self.reset(false)?;
+            let ran = self.place.run(&self.request, "", "none", None)?;
+            ensure!(ran.job["status"] == "completed", "{:#}", ran.job);
+        }
+        self.reset(self.kind.has_base)?;
+        let before = self.place.audit()?;
+        let Ran { job, points, .. } = self.place.run(&self.request, "", "none", None)?;
+        let verdict = judge(&before, &self.place.audit()?, &job, &self.promise);
+        ensure!(verdict == Verdict::Complete, "without a fault: {verdict:?}: {job:#}\n{}", self.place.log());
+        let mut seen = BTreeSet::new();
+        Ok(points.into_iter().filter(|point| seen.insert(point.clone())).collect())
+    }
+
+    /// The cells of this kind: what is told, the point that it is about, and what happens there.
+    fn cells(&self, passed: &[String]) -> Vec<(String, String, Action)> {
+        let fault = |point: &str, action| self.place.fault(point, action);
+        let mut cells = Vec::new();
+        for point in passed {
+            cells.extend(Action::ALL.map(|action| (fault(point, action), point.clone(), action)));
+        }
+        // What comes after the last step is not taken back.
+        for step in passed.iter().filter_map(|point| point.strip_suffix(".end")).filter(|name| *name != "job") {
+            for point in [format!("undo.{step}.begin"), format!("undo.{step}.end")] {
+                for action in [Action::Kill, Action::Error, Action::Panic] {
+                    let both = format!("{};{}", fault(&format!("{step}.end"), Action::Error), fault(&point, action));
+                    cells.push((both, point.clone(), action));
+                }
+            }
+        }
+        if !self.kind.in_machine || env::var_os("FAULTS_ALL").is_some() {
+            return cells;
+        }
+        // Each point meets each way in some kind of volume, or in the directory, where all cells are run.
+        let turn = self.kind.name.len();
+        let chosen = |number: usize| (number + number / Action::ALL.len() + turn).is_multiple_of(ONE_OF);
+        cells.into_iter().enumerate().filter(|(number, _)| chosen(*number)).map(|(_, cell)| cell).collect()
+    }
+
+    fn run(&mut self, faults: &str, point: &str, action: Action) -> Result<()> {
+        self.reset(self.kind.has_base)?;
+        let before = self.place.audit()?;
+        let ran = self.place.run(&self.request, faults, point, Some(action));
+        let (status, verdict) = match ran {
+            Err(error) => ("-".to_owned(), Verdict::Third(format!("{error:#}"))),
+            Ok(ran) if !ran.passed => ("-".to_owned(), Verdict::Third("the point was not passed".to_owned())),
+            Ok(ran) => {
+                let verdict = judge(&before, &self.place.audit()?, &ran.job, &self.promise);
+                let code = ran.job["error_code"].as_str().map(|code| format!(" ({code})")).unwrap_or_default();
+                (format!("{}{code}", ran.job["status"].as_str().unwrap_or("-")), verdict)
+            }
+        };
+        let log = if matches!(verdict, Verdict::Third(_)) { self.place.log() } else { String::new() };
+        let fault = format!("{point} {}", action.name());
+        self.rows.push(Row { fault, status, verdict, log });
+        Ok(())
+    }
+
+    /// Writes the table, and fails for every third state.
+    fn report(&self) -> Result<()> {
+        let mut table = String::new();
+        let mut thirds = Vec::new();
+        for Row { fault, status, verdict, log } in &self.rows {
+            let end = match verdict {
+                Verdict::Complete => "complete",
+                Verdict::AsBefore => "as before",
+                Verdict::Declared => "declared",
+                Verdict::Third(why) => {
+                    thirds.push(format!("{fault}: {status}: {why}\n{log}"));
+                    "THIRD STATE"
+                }
+            };
+            table.push_str(&format!("{:12} {fault:40} {status:28} {end}\n", self.kind.name));
+        }
+        let directory = target_directory().join("faults");
+        fs::create_dir_all(&directory)?;
+        fs::write(directory.join(format!("{}.txt", self.kind.name.replace(' ', "-"))), &table)?;
+        eprintln!("{table}{}: {} cells, {} third states", self.kind.name, self.rows.len(), thirds.len());
+        ensure!(thirds.is_empty(), "{}", thirds.join("\n\n"));
+        Ok(())
+    }
+}
+
+fn md5(file: &Path) -> Result<String> {
+    let printed = run("md5sum", &[file])?;
+    Ok(printed.split_whitespace().next().context("md5sum printed nothing")?.to_owned())
+}
+
+/// The MD5 of a volume of [`SIZE`] with this image and zeros behind it, by `qemu-img`.
+fn md5_on_a_volume(image: &Fixture) -> Result<String> {
+    let directory = tempfile::tempdir()?;
+    let raw = directory.path().join("raw");
+    let mut convert = Command::new("qemu-img");
+    xtask::process::run(convert.args(["convert", "-f", &image.format, "-O", "raw"]).arg(&image.path).arg(&raw))?;
+    fs::File::options().write(true).open(&raw)?.set_len(SIZE)?;
+    md5(&raw)
+}
