@@ -116,6 +116,9 @@ fn complete(was: Option<&String>, is: &str, job: &Value, promise: &Promise) -> R
     if fact(is, "content") != promise.content {
         return wrong("the volume has other bytes");
     }
+    if marks.contains("incomplete") {
+        return wrong("the volume says that it is incomplete");
+    }
     if !marks.contains(&promise.digest) {
         return wrong("the volume does not say which image it holds");
     }

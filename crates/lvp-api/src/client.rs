@@ -149,6 +149,18 @@ impl Client {
         self.send(self.request_with(Method::POST, &path, &target_query(target))).await
     }
 
+    /// Takes a volume over: from then on it counts as made by lvp.
+    pub async fn adopt_volume(&self, name: &str, target: Option<&str>) -> Result<Volume> {
+        let path = ["api", "v1", "volumes", name, "adopt"];
+        self.send(self.request_with(Method::POST, &path, &target_query(target))).await
+    }
+
+    /// Gives a volume up: lvp forgets that it made it.
+    pub async fn release_volume(&self, name: &str, target: Option<&str>) -> Result<Volume> {
+        let path = ["api", "v1", "volumes", name, "release"];
+        self.send(self.request_with(Method::POST, &path, &target_query(target))).await
+    }
+
     /// Deletes a volume that lvp made.
     pub async fn delete_volume(&self, name: &str, target: Option<&str>, force: bool) -> Result<()> {
         let mut query = target_query(target);

@@ -5,6 +5,11 @@ use utoipa::ToSchema;
 
 use crate::{Digest, JobId, Receipt, VolumeName};
 
+/// What is not so is not shown.
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
 /// A volume of a target.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Volume {
@@ -19,6 +24,9 @@ pub struct Volume {
     pub size_bytes: u64,
     /// Whether lvp made it. Only then `delete` removes it.
     pub made_by_lvp: bool,
+    /// Whether its job has not come to its end: it holds nothing that was promised. Absent where it has.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub incomplete: bool,
     /// The job that made it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub job_id: Option<JobId>,

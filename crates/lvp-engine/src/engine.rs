@@ -13,7 +13,7 @@ use lvp_api::{
     BaseVolume, ErrorCode, Health, Image, ImageVerification, Job, JobId, JobKind, JobList, JobStatus, Plan,
     PrefetchRequest, ProvisionRequest, Receipt, Submitted, Volume, VolumeName, VolumeVerification,
 };
-use tokio::{sync::Mutex, time};
+use tokio::{sync::Mutex, task::AbortHandle, time};
 
 use crate::{
     error::{Error, Result},
@@ -27,9 +27,9 @@ use crate::{
     limit::Limits,
     progress::{Progress, Stop},
     provision::{self, Context, Order, Services},
-    settings::{Caller, EngineSettings, LIBVIRT_URI, LibvirtSetting, POOL},
+    settings::{Caller, EngineSettings, LIBVIRT_URI, LibvirtSetting, POOL, Recovery},
     task::blocking,
-    volume::{Target, Targets},
+    volume::{Tags, Target, Targets},
 };
 
 /// Where libvirt keeps images unless told otherwise.
@@ -38,6 +38,8 @@ const POOL_DIRECTORY: &str = "/var/lib/libvirt/images";
 const LIBVIRT_SOCKETS: [&str; 2] = ["/var/run/libvirt/libvirt-sock", "/var/run/libvirt/virtqemud-sock"];
 /// A watched job's progress is looked at this often.
 const WATCH_INTERVAL: Duration = Duration::from_millis(250);
+/// Leftovers are looked for this often.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(3600);
 /// Running jobs have this long to stop where they are at a shutdown.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(20);
 
@@ -55,7 +57,23 @@ struct Inner {
     verifying: Mutex<()>,
     /// libvirt was asked for, or a target needs it: without it the daemon is not ready.
     libvirt_required: bool,
+    /// Looks for leftovers, at the start and then every hour.
+    sweeper: Option<AbortHandle>,
     _lock: Lock,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.end_sweeping();
+    }
+}
+
+impl Inner {
+    fn end_sweeping(&self) {
+        if let Some(sweeper) = &self.sweeper {
+            sweeper.abort();
+        }
+    }
 }
 
 impl Engine {
@@ -98,7 +116,9 @@ impl Engine {
         };
         let runner = Runner::new(store.clone(), execution, settings.max_concurrent_jobs, settings.job_history);
         runner.begin(settings.recovery).await?;
-        report_abandoned(&services, &store).await;
+        // Only a daemon is there for long enough to look after what others left.
+        let sweeper = (settings.recovery == Recovery::Resume)
+            .then(|| tokio::spawn(sweep_always(Arc::clone(&services), runner.clone(), settings.leftover_grace)));
         Ok(Self {
             inner: Arc::new(Inner {
                 services,
@@ -106,6 +126,7 @@ impl Engine {
                 store,
                 verifying: Mutex::new(()),
                 libvirt_required,
+                sweeper: sweeper.map(|task| task.abort_handle()),
                 _lock: lock,
             }),
         })
@@ -301,12 +322,51 @@ impl Engine {
         }
     }
 
+    /// Takes a volume over, which counts as made by lvp from then on. Once more is no error.
+    pub async fn adopt_volume(&self, name: &str, target: Option<&str>, caller: Caller) -> Result<Volume> {
+        self.tag_volume(name, target, caller, |tags| Tags { made_by_lvp: true, ..tags }).await
+    }
+
+    /// Gives a volume up: takes off it what lvp wrote, so that lvp will not remove it.
+    pub async fn release_volume(&self, name: &str, target: Option<&str>, caller: Caller) -> Result<Volume> {
+        self.tag_volume(name, target, caller, |_| Tags::default()).await
+    }
+
+    /// Changes whose a volume is, which only an administrator may.
+    async fn tag_volume(
+        &self,
+        name: &str,
+        target: Option<&str>,
+        caller: Caller,
+        change: fn(Tags) -> Tags,
+    ) -> Result<Volume> {
+        if caller != Caller::Administrator {
+            let error =
+                Error::new(ErrorCode::NotPermitted, "whose a volume is may be changed by an administrator only");
+            return Err(error.hint("use the Unix socket, as `lvp volume` does on the host itself"));
+        }
+        let (name, target) = (volume_name(name)?, self.target(target, caller)?);
+        let held = self.inner.runner.hold(&target.exclusive_key(&name), &format!("volume {name}")).await?;
+        blocking(move || {
+            let _held = held;
+            // What is no volume of its own, as a thin pool or a base, is not in the list.
+            let found = target.backend.list()?.into_iter().find(|volume| volume.name == name);
+            let volume = found.ok_or_else(|| no_volume(&name, &target))?;
+            target.backend.set_tags(&volume, &change(volume.tags.clone()))?;
+            let volume = target.backend.find(&name)?.ok_or_else(|| no_volume(&name, &target))?;
+            Ok(provision::view_volume(volume, &target))
+        })
+        .await
+    }
+
     /// Deletes a volume that lvp made and nothing uses.
     pub async fn delete_volume(&self, name: &str, target: Option<&str>, force: bool, caller: Caller) -> Result<()> {
         let (name, target) = (volume_name(name)?, self.target(target, caller)?);
-        self.refuse_held(&name, &target).await?;
+        let held = self.inner.runner.hold(&target.exclusive_key(&name), &format!("volume {name}")).await?;
         let libvirt = self.inner.services.libvirt.clone();
         blocking(move || {
+            // No job begins with it before this has ended, also when the caller has gone.
+            let _held = held;
             let volume = provision::find_settled(&*target.backend, &name)?.ok_or_else(|| no_volume(&name, &target))?;
             if volume.tags.made_by_lvp {
                 if !force {
@@ -332,22 +392,16 @@ impl Engine {
 
     /// Stops: no new jobs; running ones stop where they are, as recorded.
     pub async fn shutdown(&self) {
+        self.inner.end_sweeping();
         self.inner.runner.shutdown(SHUTDOWN_PATIENCE).await;
     }
 }
 
-/// A target that cannot be asked now is no reason not to start.
-async fn report_abandoned(services: &Arc<Services>, store: &Store) {
-    let services = Arc::clone(services);
-    let reported = match store.unfinished().await {
-        Ok(jobs) => {
-            let ids: Vec<JobId> = jobs.iter().map(|job| job.id).collect();
-            blocking(move || provision::report_abandoned(&services.targets, &ids)).await
-        }
-        Err(error) => Err(error),
-    };
-    if let Err(error) = reported {
-        tracing::warn!(error = %error.chain(), "unfinished bases were not looked for");
+/// Looks for leftovers as long as the daemon is there.
+async fn sweep_always(services: Arc<Services>, runner: Runner<Context>, grace: Option<Duration>) {
+    loop {
+        provision::sweep(&services, &runner, grace).await;
+        time::sleep(SWEEP_INTERVAL).await;
     }
 }
 

@@ -1,7 +1,7 @@
 //! What the engine is told at its start. It leaves out where the values come from (flags, environment, a file): the
 //! front ends merge those.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 pub use crate::{
     host::priority::IoPriority,
@@ -70,6 +70,8 @@ pub struct EngineSettings {
     pub io_priority: IoPriority,
     /// Ended jobs that are remembered.
     pub job_history: u32,
+    /// How long what an unknown job left is kept; `None`: for ever.
+    pub leftover_grace: Option<Duration>,
     /// What to do with jobs that an earlier process left.
     pub recovery: Recovery,
 }

@@ -248,6 +248,24 @@ pub enum Volume {
         #[arg(long, short)]
         target: Option<String>,
     },
+    /// Take over a volume that lvp did not make: from then on `delete` removes it
+    Adopt {
+        /// Its name
+        #[arg(value_parser = parse::<VolumeName>)]
+        name: VolumeName,
+        /// The target; without it, the default one
+        #[arg(long, short)]
+        target: Option<String>,
+    },
+    /// Give up a volume: lvp takes its marks off it, and will not remove it any more
+    Release {
+        /// Its name
+        #[arg(value_parser = parse::<VolumeName>)]
+        name: VolumeName,
+        /// The target; without it, the default one
+        #[arg(long, short)]
+        target: Option<String>,
+    },
     /// Delete a volume that lvp made; its content is lost
     Delete {
         /// Its name

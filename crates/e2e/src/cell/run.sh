@@ -17,7 +17,8 @@ ask() {
 }
 
 serve() {
-  FAILPOINTS=$1 setsid "$binary" serve </dev/null >>"$log" 2>&1 &
+  # It does not outlive its cell, however that ends.
+  FAILPOINTS=$1 setsid timeout --signal=KILL 200 "$binary" serve </dev/null >>"$log" 2>&1 &
   daemon=$!
   until ask /livez -o /dev/null 2>/dev/null; do
     kill -0 "$daemon" 2>/dev/null || { echo "the daemon did not come up" >&2; tail -n 5 "$log" >&2; exit 1; }
@@ -30,7 +31,7 @@ stop() {
   wait "$daemon" 2>/dev/null || true
 }
 # However this ends, nothing is left running.
-trap '[ -z "$daemon" ] || kill -KILL "$daemon" 2>/dev/null || true' EXIT
+trap '[ -z "$daemon" ] || kill -TERM "$daemon" 2>/dev/null || true' EXIT
 
 newest() { ask '/api/v1/jobs?limit=1' | jq -r '.jobs[0].job_id'; }
 
@@ -52,9 +53,12 @@ fi
 [ "$action" = kill ] && ! ask /livez -o /dev/null 2>/dev/null || stop
 wait "$daemon" 2>/dev/null || true
 
+sweeps=$(($(grep -c '"looked for leftovers"' "$log" || true) + 1))
 serve ''
 [ -n "$job" ] || job=$(newest)
 ask "/api/v1/jobs/$job/events" -N -o "$events"
+# It has looked for what was left of jobs that could not be taken back.
+until [ "$(grep -c '"looked for leftovers"' "$log")" -ge "$sweeps" ]; do sleep 0.02; done
 jq -cn --argjson job "$(ask "/api/v1/jobs/$job")" --argjson passed "$(grep -c "\"point\":\"$point\"" "$log" || true)" \
   --argjson points "$(grep -o '"point":"[^"]*"' "$log" | cut -d'"' -f4 | jq -Rcn '[inputs]')" \
   '{job: $job, passed: $passed, points: $points}'

@@ -1,7 +1,7 @@
 //! Which job may run next: pure, so that it can be tested whole.
 //!
 //! Jobs run in the order of their submission, `limit` at a time, and one at a time per exclusive key (a volume). A job
-//! that waits for its key does not hold up those behind it.
+//! that waits for its key does not hold up those behind it. A key may also be held by something that is no job.
 
 use lvp_api::JobId;
 
@@ -15,13 +15,14 @@ pub struct Entry {
 }
 
 /// The next job to run, if one may.
-pub fn next<'a>(pending: &'a [Entry], running: &[Entry], limit: usize) -> Option<&'a Entry> {
+pub fn next<'a>(pending: &'a [Entry], running: &[Entry], held: &[String], limit: usize) -> Option<&'a Entry> {
     if running.len() >= limit {
         return None;
     }
     let mut sorted: Vec<&Entry> = pending.iter().collect();
     sorted.sort_by_key(|entry| entry.id);
-    sorted.into_iter().find(|entry| running.iter().all(|other| other.exclusive != entry.exclusive))
+    let is_free = |key: &String| running.iter().all(|other| other.exclusive != *key) && !held.contains(key);
+    sorted.into_iter().find(|entry| is_free(&entry.exclusive))
 }
 
 #[cfg(test)]
@@ -38,14 +39,15 @@ mod tests {
     #[test]
     fn first_come_first_served() {
         let pending = [entry(2, "b"), entry(1, "a")];
-        assert_eq!(next(&pending, &[], 2).unwrap().id, entry(1, "a").id);
+        assert_eq!(next(&pending, &[], &[], 2).unwrap().id, entry(1, "a").id);
     }
 
     #[test]
     fn a_busy_volume_waits_and_lets_others_pass() {
         let pending = [entry(2, "a"), entry(3, "b")];
-        assert_eq!(next(&pending, &[entry(1, "a")], 2).unwrap().id, entry(3, "b").id);
-        assert_eq!(next(&pending[..1], &[entry(1, "a")], 2), None);
+        assert_eq!(next(&pending, &[entry(1, "a")], &[], 2).unwrap().id, entry(3, "b").id);
+        assert_eq!(next(&pending[..1], &[entry(1, "a")], &[], 2), None);
+        assert_eq!(next(&pending, &[], &["a".to_owned()], 2).unwrap().id, entry(3, "b").id);
     }
 
     proptest! {
@@ -56,7 +58,7 @@ mod tests {
             let mut running: Vec<Entry> = Vec::new();
             let mut finished = 0;
             while finished < volumes.len() {
-                while let Some(started) = next(&pending, &running, limit).cloned() {
+                while let Some(started) = next(&pending, &running, &[], limit).cloned() {
                     pending.retain(|entry| *entry != started);
                     running.push(started);
                 }

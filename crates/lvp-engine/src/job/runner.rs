@@ -84,7 +84,9 @@ struct Inner<C: 'static> {
     limit: usize,
     keep: u32,
     live: Mutex<HashMap<JobId, Live>>,
-    wake: Notify,
+    /// Keys that are held by no job. Locked after `live`.
+    held: Arc<Mutex<Vec<String>>>,
+    wake: Arc<Notify>,
     changed: watch::Sender<u64>,
     stopping: AtomicBool,
 }
@@ -92,6 +94,21 @@ struct Inner<C: 'static> {
 struct Live {
     entry: Entry,
     progress: Progress,
+}
+
+/// The right to change what an exclusive key stands for outside of a job: until it is dropped, no job with this key begins.
+pub struct Held {
+    key: String,
+    held: Arc<Mutex<Vec<String>>>,
+    wake: Arc<Notify>,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        held.retain(|key| *key != self.key);
+        self.wake.notify_one();
+    }
 }
 
 impl<C: Send + 'static> Runner<C> {
@@ -103,7 +120,8 @@ impl<C: Send + 'static> Runner<C> {
             limit,
             keep,
             live: Mutex::default(),
-            wake: Notify::new(),
+            held: Arc::default(),
+            wake: Arc::default(),
             changed: watch::channel(0).0,
             stopping: AtomicBool::new(false),
         };
@@ -191,6 +209,24 @@ impl<C: Send + 'static> Runner<C> {
         }
     }
 
+    /// Holds this exclusive key outside of a job.
+    ///
+    /// # Errors
+    /// `volume_in_use` while a job, or somebody else outside of one, has it.
+    pub async fn hold(&self, exclusive: &str, what: &str) -> Result<Held> {
+        let busy = |by: String| {
+            Error::new(ErrorCode::VolumeInUse, format!("{what} is {by}"))
+                .hint("wait for its end, or cancel the job, then try again")
+                .retry(true)
+        };
+        let held = self.inner.take(exclusive).ok_or_else(|| busy("being changed by another request".to_owned()))?;
+        // No job begins with it from here on; one that is running has it.
+        match self.holder(exclusive).await? {
+            Some(job) => Err(busy(format!("being written by job {job}"))),
+            None => Ok(held),
+        }
+    }
+
     /// How many jobs run.
     pub fn running(&self) -> usize {
         self.inner.live().len()
@@ -221,7 +257,7 @@ impl<C: Send + 'static> Runner<C> {
     async fn dispatch(&self) {
         while !self.inner.stopping.load(Ordering::Relaxed) {
             match self.inner.next().await {
-                Ok(Some(entry)) => self.spawn(entry),
+                Ok(Some((id, progress))) => self.spawn(id, progress),
                 Ok(None) => self.inner.wake.notified().await,
                 Err(error) => {
                     tracing::error!(error = %error.chain(), "the queue cannot be read");
@@ -231,11 +267,8 @@ impl<C: Send + 'static> Runner<C> {
         }
     }
 
-    /// Runs one job in a task of its own. It counts as live from here on, so the next look at the queue sees it.
-    fn spawn(&self, entry: Entry) {
-        let progress = Progress::default();
-        let id = entry.id;
-        self.inner.live().insert(id, Live { entry, progress: progress.clone() });
+    /// Runs one job, which is live already, in a task of its own.
+    fn spawn(&self, id: JobId, progress: Progress) {
         let inner = Arc::clone(&self.inner);
         tokio::spawn(async move {
             metrics::job_started();
@@ -271,16 +304,35 @@ impl<C: Send + 'static> Inner<C> {
         stored
     }
 
-    async fn next(&self) -> Result<Option<Entry>> {
+    /// Holds a key, if nobody else does outside of a job.
+    fn take(&self, exclusive: &str) -> Option<Held> {
+        let _live = self.live();
+        let mut held = self.held();
+        if held.iter().any(|key| key == exclusive) {
+            return None;
+        }
+        held.push(exclusive.to_owned());
+        Some(Held { key: exclusive.to_owned(), held: Arc::clone(&self.held), wake: Arc::clone(&self.wake) })
+    }
+
+    fn held(&self) -> MutexGuard<'_, Vec<String>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next job to run. It counts as live from here on, so nobody else begins with its key.
+    async fn next(&self) -> Result<Option<(JobId, Progress)>> {
         let unfinished = self.store.unfinished().await?;
-        let live = self.live();
+        let mut live = self.live();
         let pending: Vec<Entry> = unfinished
             .into_iter()
             .filter(|stored| stored.status == JobStatus::Pending && !live.contains_key(&stored.id))
             .map(|stored| Entry { id: stored.id, exclusive: stored.exclusive })
             .collect();
         let running: Vec<Entry> = live.values().map(|live| live.entry.clone()).collect();
-        Ok(queue::next(&pending, &running, self.limit).cloned())
+        let Some(entry) = queue::next(&pending, &running, &self.held(), self.limit).cloned() else { return Ok(None) };
+        let (id, progress) = (entry.id, Progress::default());
+        live.insert(id, Live { entry, progress: progress.clone() });
+        Ok(Some((id, progress)))
     }
 
     /// Runs a job to its end, or until it is interrupted (`None`).

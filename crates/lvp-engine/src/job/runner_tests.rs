@@ -225,3 +225,34 @@ async fn a_job_that_is_interrupted_again_and_again_is_given_up() {
     assert_eq!(stored.error.unwrap().error, ErrorCode::Interrupted);
     assert_eq!(bench.diary(), "-one ");
 }
+
+#[tokio::test]
+async fn no_job_begins_with_a_key_that_somebody_holds() {
+    let bench = Bench::new();
+    let runner = bench.runner(None);
+    runner.begin(Recovery::Resume).await.unwrap();
+    let held = runner.hold("volume", "it").await.unwrap();
+    assert_eq!(runner.hold("volume", "it").await.err().unwrap().code(), ErrorCode::VolumeInUse);
+    let (waiting, _) = runner.submit(job()).await.unwrap();
+    // One that was submitted later is run to its end meanwhile.
+    let (other, _) = runner.submit(NewJob { exclusive: "other".into(), ..job() }).await.unwrap();
+    until(&runner, other, |stored| stored.status == JobStatus::Completed).await;
+    assert_eq!(runner.get(waiting).await.unwrap().status, JobStatus::Pending);
+    drop(held);
+    until(&runner, waiting, |stored| stored.status == JobStatus::Completed).await;
+    drop(runner.hold("volume", "it").await.unwrap());
+}
+
+#[tokio::test]
+async fn a_key_that_a_job_has_cannot_be_held() {
+    let bench = Bench::new();
+    let runner = bench.runner(Some("hang"));
+    runner.begin(Recovery::Resume).await.unwrap();
+    let (id, _) = runner.submit(job()).await.unwrap();
+    until(&runner, id, |stored| stored.status == JobStatus::Running).await;
+    let error = runner.hold("volume", "volume web").await.err().unwrap();
+    assert!(error.to_string().contains(&id.to_string()), "{error:?}");
+    runner.cancel(id).await.unwrap();
+    until(&runner, id, |stored| stored.status == JobStatus::Cancelled).await;
+    drop(runner.hold("volume", "volume web").await.unwrap());
+}

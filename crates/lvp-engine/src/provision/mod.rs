@@ -22,6 +22,7 @@ mod plan;
 mod reuse;
 mod services;
 mod sharing;
+mod sweep;
 mod transfer;
 mod verification;
 mod view;
@@ -34,7 +35,8 @@ pub use self::{
     order::Order,
     plan::plan,
     services::Services,
-    sharing::{BaseLocks, all_bases, delete_image, report_abandoned},
+    sharing::{BaseLocks, all_bases, delete_image},
+    sweep::sweep,
     verification::{valid_receipt, verify_volume},
     view::{view_job, view_volume},
 };

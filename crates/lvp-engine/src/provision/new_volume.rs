@@ -24,7 +24,7 @@ use crate::{
     format::{self, Counts, Populated},
     host::block::BlockTarget,
     task::blocking,
-    volume::{Base, NewVolume, Volume},
+    volume::{Base, NewVolume, Tags, Volume},
 };
 
 /// What a job writes.
@@ -179,7 +179,7 @@ impl Context {
                 }
             }
             let volume = find_existing(&*backend, &wanted)?;
-            backend.set_image(&volume, digest.as_ref())?;
+            backend.set_tags(&volume, &Tags { image: digest, incomplete: false, ..volume.tags.clone() })?;
             Ok(volume)
         })
         .await

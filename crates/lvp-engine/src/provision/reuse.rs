@@ -10,7 +10,7 @@ use super::{
     new_volume::Destination,
     plan,
 };
-use crate::{error::Result, fault, format, task::blocking};
+use crate::{error::Result, fault, format, task::blocking, volume::Tags};
 
 impl Context {
     /// Readies the volume for writing, if it is still what was asked for and free.
@@ -39,7 +39,11 @@ impl Context {
         let options = self.options();
         progress.enter(Stage::Populating, target.size);
         // From here on the volume holds no image, until the last byte is on the device.
-        let untagged = blocking(move || backend.set_image(&find_existing(&*backend, &wanted)?, None)).await;
+        let untagged = blocking(move || {
+            let volume = find_existing(&*backend, &wanted)?;
+            backend.set_tags(&volume, &Tags { image: None, ..volume.tags.clone() })
+        })
+        .await;
         let untagged = untagged.and_then(|()| fault::point("volume.untagged"));
         let populated = match untagged {
             Ok(()) => blocking(move || format::populate(&image, &target, &options, &progress)).await,

@@ -158,17 +158,6 @@ fn view_base(store: &dyn BaseStore, base: Base, target: String) -> BaseVolume {
     BaseVolume { target, name, image_digest: digest, size_bytes: size, used_bytes, linked_volumes }
 }
 
-/// Says which unfinished bases no job of ours will come back for. They may be of another daemon, so they stay.
-pub fn report_abandoned(targets: &Targets, unfinished: &[JobId]) -> Result<()> {
-    for (name, target) in targets.all()? {
-        let Ok(Some(bases)) = target.backend.bases() else { continue };
-        for job in bases.unsealed()?.into_iter().filter(|job| !unfinished.contains(job)) {
-            tracing::warn!(target = name, job_id = %job, "an unfinished base of a job that is not known here takes space");
-        }
-    }
-    Ok(())
-}
-
 /// Deletes a cached image and its bases; or the bases alone, of an image that is not cached any more.
 ///
 /// # Errors

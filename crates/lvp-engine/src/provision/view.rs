@@ -48,6 +48,7 @@ pub fn view_volume(volume: Volume, target: &volume::Target) -> lvp_api::Volume {
         device_path: volume.path.display().to_string(),
         size_bytes: volume.size,
         made_by_lvp: volume.tags.made_by_lvp,
+        incomplete: volume.tags.incomplete,
         job_id: volume.tags.job,
         image_digest: volume.tags.image,
         linked_to: volume.link.map(|link| link.name),

@@ -11,7 +11,7 @@ use std::{
 use lvp_api::{ContentDigest, Digest, DigestAlgorithm, ErrorCode, JobId, MIB, VolumeName};
 use uuid::Uuid;
 
-use super::{BaseStore, NewVolume, Volume, VolumeBackend, base::Base};
+use super::{BaseStore, NewVolume, Tags, Volume, VolumeBackend, base::Base};
 
 pub const SIZE: u64 = 16 * MIB;
 
@@ -22,6 +22,7 @@ pub fn run(backend: &dyn VolumeBackend) -> bool {
     an_absent_volume_is_absent(backend);
     a_new_volume_has_its_size_and_tags(backend);
     the_image_tag_follows_the_image(backend);
+    a_volume_is_released_and_adopted(backend);
     a_name_is_taken_once(backend);
     removing_twice_is_no_error(backend);
     a_size_is_rounded_up(backend);
@@ -50,6 +51,7 @@ pub fn run_linked(backend: &dyn VolumeBackend) {
     let base = store.find(&digest("a0")).unwrap().unwrap();
     clone_of(&*store, &base, "conformance-1", SIZE);
     the_image_tag_follows_the_image(backend);
+    a_volume_is_released_and_adopted(backend);
     a_clone_that_cannot_be_is_refused(backend, &*store);
     removing_twice_is_no_error(backend);
     store.remove(&base.digest).unwrap();
@@ -80,6 +82,7 @@ fn a_new_volume_has_its_size_and_tags(backend: &dyn VolumeBackend) {
     let made = backend.create(&NewVolume { name: &name, size: SIZE, job }).unwrap();
     assert_eq!(made.size, SIZE);
     assert!(made.tags.made_by_lvp && made.tags.job == Some(job) && made.tags.image.is_none());
+    assert!(made.tags.incomplete);
     assert_eq!((made.open, made.unsuitable), (false, None));
     assert_eq!(backend.find(&name).unwrap().as_ref(), Some(&made));
     assert!(backend.list().unwrap().contains(&made));
@@ -97,14 +100,26 @@ fn the_image_tag_follows_the_image(backend: &dyn VolumeBackend) {
     for fill in ["a", "b"] {
         let digest = Digest::new(DigestAlgorithm::Sha256, &fill.repeat(64)).unwrap();
         let volume = backend.find(&volume.name).unwrap().unwrap();
-        backend.set_image(&volume, Some(&digest)).unwrap();
+        let tags = Tags { image: Some(digest.clone()), incomplete: false, ..volume.tags.clone() };
+        backend.set_tags(&volume, &tags).unwrap();
         let tagged = backend.find(&volume.name).unwrap().unwrap();
-        assert_eq!(tagged.tags.image, Some(digest));
-        assert_eq!(tagged.tags.job, volume.tags.job, "the maker stays");
+        assert_eq!(tagged.tags, tags, "the maker stays");
     }
     let tagged = backend.find(&volume.name).unwrap().unwrap();
-    backend.set_image(&tagged, None).unwrap();
-    assert_eq!(backend.find(&volume.name).unwrap().unwrap().tags.image, None);
+    backend.set_tags(&tagged, &Tags { image: None, ..tagged.tags.clone() }).unwrap();
+    let untagged = backend.find(&volume.name).unwrap().unwrap();
+    assert!(untagged.tags.image.is_none() && !untagged.tags.incomplete);
+}
+
+fn a_volume_is_released_and_adopted(backend: &dyn VolumeBackend) {
+    let volume = backend.find(&name("conformance-1")).unwrap().unwrap();
+    backend.set_tags(&volume, &Tags::default()).unwrap();
+    let released = backend.find(&volume.name).unwrap().unwrap();
+    assert_eq!((&released.tags, released.size), (&Tags::default(), volume.size));
+    assert_eq!(backend.remove(&volume.name).unwrap_err().code(), ErrorCode::VolumeNotOurs);
+    backend.set_tags(&released, &Tags { made_by_lvp: true, ..Tags::default() }).unwrap();
+    let adopted = backend.find(&volume.name).unwrap().unwrap();
+    assert!(adopted.tags.made_by_lvp && adopted.tags.job.is_none());
 }
 
 fn a_name_is_taken_once(backend: &dyn VolumeBackend) {

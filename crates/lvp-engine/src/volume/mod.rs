@@ -65,6 +65,9 @@ pub struct Tags {
     pub job: Option<JobId>,
     /// The digest of the image that it was last provisioned with.
     pub image: Option<Digest>,
+    /// Its job has not come to its end yet: it holds nothing that anybody was promised. It is there from the moment the
+    /// volume is, and never comes back once it is gone.
+    pub incomplete: bool,
 }
 
 /// What a backend is like, as data, so that callers never ask which one it is.
@@ -138,7 +141,7 @@ pub trait VolumeBackend: Send + Sync {
     /// The volume of this name.
     fn find(&self, name: &VolumeName) -> Result<Option<Volume>>;
 
-    /// Makes a volume with its tags, in one step: it is never there without them.
+    /// Makes a volume with its tags, among them that it is incomplete, in one step: it is never there without them.
     ///
     /// # Errors
     /// `insufficient_space`; `file_in_the_way` when the name is taken.
@@ -147,9 +150,8 @@ pub trait VolumeBackend: Send + Sync {
     /// Readies the volume for writing. `fresh`: it was made just now and nothing was written to it.
     fn target(&self, volume: &Volume, fresh: bool) -> Result<BlockTarget>;
 
-    /// Records which image the volume holds; `None`: none, because it is about to be overwritten.
-    /// On a volume that lvp did not make, other tags stay as they are.
-    fn set_image(&self, volume: &Volume, image: Option<&Digest>) -> Result<()>;
+    /// Writes these tags on the volume, in one step, in place of those that lvp wrote. What others wrote stays as it is.
+    fn set_tags(&self, volume: &Volume, tags: &Tags) -> Result<()>;
 
     /// Removes a volume that lvp made; a volume that is gone already is no error.
     ///

@@ -1,4 +1,4 @@
-//! Volumes: list, show, verify, delete.
+//! Volumes: list, show, verify, adopt, release, delete.
 
 use axum::{
     Extension, Json,
@@ -14,7 +14,12 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use crate::{body::Query, error::Result};
 
 pub fn routes() -> OpenApiRouter<Engine> {
-    OpenApiRouter::new().routes(routes!(list)).routes(routes!(show, delete)).routes(routes!(verify))
+    OpenApiRouter::new()
+        .routes(routes!(list))
+        .routes(routes!(show, delete))
+        .routes(routes!(verify))
+        .routes(routes!(adopt))
+        .routes(routes!(release))
 }
 
 #[derive(Deserialize, IntoParams)]
@@ -67,6 +72,32 @@ async fn verify(
     Query(query): Query<TargetQuery>,
 ) -> Result<Json<VolumeVerification>> {
     Ok(Json(engine.verify_volume(&name, query.target.as_deref(), caller).await?))
+}
+
+#[utoipa::path(post, path = "/api/v1/volumes/{name}/adopt", tag = "volumes", summary = "Take over a volume",
+    description = "From then on it counts as made by lvp, so that `delete` removes it. Only for who administers this machine.",
+    params(("name" = String, Path), TargetQuery),
+    responses((status = 200, body = Volume), (status = 403, body = ErrorBody), (status = 404, body = ErrorBody), (status = 409, description = "A job works on it", body = ErrorBody)))]
+async fn adopt(
+    State(engine): State<Engine>,
+    Extension(caller): Extension<Caller>,
+    Path(name): Path<String>,
+    Query(query): Query<TargetQuery>,
+) -> Result<Json<Volume>> {
+    Ok(Json(engine.adopt_volume(&name, query.target.as_deref(), caller).await?))
+}
+
+#[utoipa::path(post, path = "/api/v1/volumes/{name}/release", tag = "volumes", summary = "Give up a volume",
+    description = "lvp takes its marks off it and will not remove it any more. Only for who administers this machine.",
+    params(("name" = String, Path), TargetQuery),
+    responses((status = 200, body = Volume), (status = 403, body = ErrorBody), (status = 404, body = ErrorBody), (status = 409, description = "A job works on it", body = ErrorBody)))]
+async fn release(
+    State(engine): State<Engine>,
+    Extension(caller): Extension<Caller>,
+    Path(name): Path<String>,
+    Query(query): Query<TargetQuery>,
+) -> Result<Json<Volume>> {
+    Ok(Json(engine.release_volume(&name, query.target.as_deref(), caller).await?))
 }
 
 #[utoipa::path(delete, path = "/api/v1/volumes/{name}", tag = "volumes", summary = "Delete a volume that lvp made",

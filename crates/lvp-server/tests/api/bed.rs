@@ -141,6 +141,7 @@ fn settings(root: &Path, endpoint: &str) -> EngineSettings {
         download_limit: None,
         write_limit: None,
         io_priority: IoPriority::default(),
+        leftover_grace: Some(std::time::Duration::from_secs(86400)),
         job_history: 1000,
         recovery: Recovery::Resume,
     }

@@ -11,6 +11,7 @@ mod defects;
 mod golden;
 mod images;
 mod jobs;
+mod leftovers;
 mod limits;
 mod linked;
 mod one_pass;

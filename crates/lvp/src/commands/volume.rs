@@ -1,4 +1,4 @@
-//! `lvp volume`: list, show, verify, delete.
+//! `lvp volume`: list, show, verify, adopt, release, delete.
 
 use std::process::ExitCode;
 
@@ -28,6 +28,12 @@ pub async fn run(connection: &Connection, command: cli::Volume, output: Output) 
                 return Ok(ExitCode::from(ErrorCode::ChecksumMismatch.exit_code()));
             }
         }
+        cli::Volume::Adopt { name, target } => {
+            output::print(&client.adopt_volume(name.as_str(), target.as_deref()).await?, output, show)?;
+        }
+        cli::Volume::Release { name, target } => {
+            output::print(&client.release_volume(name.as_str(), target.as_deref()).await?, output, show)?;
+        }
         cli::Volume::Delete { name, target, force } => {
             client.delete_volume(name.as_str(), target.as_deref(), force).await?;
         }
@@ -40,7 +46,12 @@ fn show_list(volumes: &[Volume]) -> String {
         vec![
             volume.name.to_string(),
             ByteSize(volume.size_bytes).to_string(),
-            if volume.made_by_lvp { "lvp" } else { "" }.to_owned(),
+            match (volume.made_by_lvp, volume.incomplete) {
+                (true, true) => "lvp, incomplete",
+                (true, false) => "lvp",
+                _ => "",
+            }
+            .to_owned(),
             volume.device_path.clone(),
             volume.image_digest.as_ref().map(|digest| digest.hex()[..16].to_owned()).unwrap_or_default(),
             if volume.linked_to.is_some() { "to its base" } else { "" }.to_owned(),
@@ -71,6 +82,7 @@ fn show(volume: &Volume) -> String {
         ("device", Some(volume.device_path.clone())),
         ("size", Some(format!("{} ({} bytes)", ByteSize(volume.size_bytes), volume.size_bytes))),
         ("made by lvp", Some(if volume.made_by_lvp { "yes" } else { "no" }.to_owned())),
+        ("incomplete", volume.incomplete.then(|| "yes: its job has not come to its end".to_owned())),
         ("job", volume.job_id.map(|id| id.to_string())),
         ("image", volume.image_digest.as_ref().map(ToString::to_string)),
         ("linked to", volume.linked_to.clone()),

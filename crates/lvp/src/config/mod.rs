@@ -253,6 +253,18 @@ impl Config {
         found.ok_or_else(|| self.invalid("io_priority", "is not one of normal, low and idle"))
     }
 
+    /// A span of time such as `36h` or `1d 12h`; `None` for `never`.
+    fn span(&self, key: &str) -> Result<Option<Duration>> {
+        let text = self.text(key).unwrap_or_default();
+        if text == "never" {
+            return Ok(None);
+        }
+        let invalid = || self.invalid(key, "is neither a span of time such as 36h or 7d, nor `never`");
+        let span: jiff::Span = text.parse().map_err(|_| invalid())?;
+        let span = span.to_duration(jiff::SpanRelativeTo::days_are_24_hours()).map_err(|_| invalid())?;
+        Duration::try_from(span).map(Some).map_err(|_| invalid())
+    }
+
     fn milliseconds(&self, key: &str) -> Result<Vec<Duration>> {
         let text = self.text(key).unwrap_or_default();
         let numbers = text.split(',').map(|number| number.trim().parse().map(Duration::from_millis));
@@ -345,6 +357,7 @@ impl Config {
             download_limit: self.rate("download_limit")?,
             write_limit: self.rate("write_limit")?,
             io_priority: self.io_priority()?,
+            leftover_grace: self.span("leftover_grace")?,
             job_history: self.number("job_history")?.unwrap_or(1000),
             recovery,
         })

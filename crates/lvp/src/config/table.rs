@@ -112,6 +112,12 @@ pub const SETTINGS: &[Setting] = &[
         Some("normal"),
         "I/O priority of what copies to volumes: normal, low, or idle; heeded by the I/O schedulers bfq and mq-deadline",
     ),
+    setting(
+        "leftover_grace",
+        &["LVP_LEFTOVER_GRACE"],
+        Some("24h"),
+        "How long the daemon keeps what a job that it does not know left incomplete, such as 36h or 7d; `never`: for ever",
+    ),
     setting("job_history", &["LVP_JOB_HISTORY"], Some("1000"), "Ended jobs that are remembered"),
     setting("log_level", &["LOG_LEVEL"], None, "error, warn, info, debug, trace, or filter directives")
         .flag("log-level"),

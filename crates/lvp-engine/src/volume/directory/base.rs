@@ -181,7 +181,7 @@ impl BaseStore for FileBases<'_> {
     fn create(&self, size: u64, job: JobId) -> Result<BlockTarget> {
         self.directory.make_directory()?;
         let (path, size) = (self.unsealed_file(job), rounded(size, GRANULARITY));
-        self.directory.make(&path, size, &Record { job: Some(job), image: None, size: None }, &Holds::Nothing)?;
+        self.directory.make(&path, size, &Record::of_new(job, None), &Holds::Nothing)?;
         sync_directory(&self.directory.path)?;
         Ok(BlockTarget { path, offset: 0, size, reads_zero: true })
     }

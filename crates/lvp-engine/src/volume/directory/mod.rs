@@ -83,6 +83,16 @@ struct Record {
     /// The size of the disk in a qcow2 file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     size: Option<u64>,
+    /// Taken over by lvp, which did not make it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    adopted: bool,
+    #[serde(default, skip_serializing_if = "is_false")]
+    incomplete: bool,
+}
+
+/// What is not so is not written: the attribute is as it was before there was a word for it.
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 impl Directory {
@@ -150,7 +160,7 @@ impl Directory {
             DiskFormat::Raw => (size, None),
             DiskFormat::Qcow2 => (0, Some(size)),
         };
-        let record = Record { job: Some(new.job), image: None, size: noted };
+        let record = Record::of_new(new.job, noted);
         let made = self.make(&unborn, length, &record, holds).and_then(|()| fault::point("volume.unborn"));
         let born = made.and_then(|()| {
             renameat_with(CWD, &unborn, CWD, &path, RenameFlags::NOREPLACE).map_err(|error| match error {
@@ -228,7 +238,13 @@ fn rounded(size: u64, granularity: u64) -> u64 {
 
 impl Record {
     fn into_tags(self) -> Tags {
-        Tags { made_by_lvp: self.job.is_some(), job: self.job, image: self.image }
+        let made_by_lvp = self.job.is_some() || self.adopted;
+        Tags { made_by_lvp, job: self.job, image: self.image, incomplete: self.incomplete }
+    }
+
+    /// Of a volume or base that this job has just made, with this size noted.
+    fn of_new(job: JobId, size: Option<u64>) -> Self {
+        Self { job: Some(job), image: None, size, adopted: false, incomplete: true }
     }
 }
 
@@ -305,16 +321,16 @@ impl VolumeBackend for Directory {
         Ok(BlockTarget { path: volume.path.clone(), offset: 0, size: volume.size, reads_zero: fresh })
     }
 
-    fn set_image(&self, volume: &Volume, image: Option<&Digest>) -> Result<()> {
+    fn set_tags(&self, volume: &Volume, tags: &Tags) -> Result<()> {
         let failed = |error| Error::io("tagging", &volume.path, error);
         let flags = OFlags::NOFOLLOW.bits().cast_signed();
         let file = OpenOptions::new().write(true).custom_flags(flags).open(&volume.path).map_err(failed)?;
-        let before = read_record::<Record>(&volume.path)?;
-        let (job, size) = before.map_or((None, None), |record| (record.job, record.size));
-        let record = Record { job, image: image.cloned(), size };
+        let size = read_record::<Record>(&volume.path)?.and_then(|record| record.size);
+        let Tags { made_by_lvp, job, image, incomplete } = tags.clone();
+        let record = Record { job, image, size, adopted: made_by_lvp && job.is_none(), incomplete };
         match write_record(&file, &record).and_then(|()| rustix::fs::fsync(&file)) {
             // A file that was there before, where tags have no place, is written without.
-            Err(Errno::NOTSUP) if record.job.is_none() => Ok(()),
+            Err(Errno::NOTSUP) if !made_by_lvp => Ok(()),
             tagged => tagged.map_err(|error| failed(error.into())),
         }
     }

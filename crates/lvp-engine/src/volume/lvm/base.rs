@@ -20,7 +20,7 @@ use lvp_api::{ContentDigest, Digest, ErrorCode, JobId, VolumeName};
 
 use super::{
     Lvm,
-    report::{JOB_TAG, LogicalVolume, ThinPool, number, part},
+    report::{INCOMPLETE_TAG, JOB_TAG, LogicalVolume, ThinPool, number, part},
 };
 use crate::{
     error::{Error, Result},
@@ -109,6 +109,7 @@ impl<'a> PoolBases<'a> {
         new.extend(used.map(|used| format!("{USED_TAG}{used}")));
         let old = |tag: &&str| {
             tag.starts_with(JOB_TAG)
+                || *tag == INCOMPLETE_TAG
                 || new.iter().any(|new| new != tag && new.split('=').next() == tag.split('=').next())
         };
         let mut arguments = vec!["-ky"];

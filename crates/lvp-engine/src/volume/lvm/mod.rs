@@ -3,8 +3,8 @@
 //! Everything is asked of LVM's own commands in their JSON report form with bytes as units (lvmreport(7)); nothing is
 //! remembered between calls. LVM exits with 5 for every failure, so "not there" and "locked" are told apart by its words.
 //!
-//! Tags (lvm(8), "TAGS") carry what lvp knows: `lvp`, `lvp.job=UUID`, `lvp.image=sha256:HEX`. They are given to
-//! `lvcreate` itself, so a volume is never there without them, even when the power fails in between.
+//! Tags (lvm(8), "TAGS") carry what lvp knows: `lvp`, `lvp.job=UUID`, `lvp.image=sha256:HEX`, `lvp.incomplete`. They are given
+//! to `lvcreate` itself, so a volume is never there without them, even when the power fails in between.
 //!
 //! It leaves out the form of the reports (`report`) and volumes that share blocks (`base`).
 
@@ -15,14 +15,14 @@ mod tests;
 
 use std::{thread, time::Duration};
 
-use lvp_api::{Digest, ErrorCode, JobId, VolumeName};
+use lvp_api::{ErrorCode, JobId, VolumeName};
 use serde::de::DeserializeOwned;
 
 use self::{
     base::PoolBases,
-    report::{IMAGE_TAG, JOB_TAG, LogicalVolume, TAG, ThinPool, VolumeGroup, number, rows},
+    report::{INCOMPLETE_TAG, JOB_TAG, LogicalVolume, TAG, ThinPool, VolumeGroup, number, rows, written},
 };
-use super::{BaseStore, Capabilities, LockRetry, NewVolume, Space, Volume, VolumeBackend, not_ours};
+use super::{BaseStore, Capabilities, LockRetry, NewVolume, Space, Tags, Volume, VolumeBackend, not_ours};
 use crate::{
     error::{Error, Result},
     host::{
@@ -166,7 +166,8 @@ impl Lvm {
     /// the group or the origin.
     fn make(&self, name: &str, job: JobId, how: &[&str]) -> Result<()> {
         let job = format!("{JOB_TAG}{job}");
-        let arguments = [&["-y", "-n", name, "--addtag", TAG, "--addtag", &job], how].concat();
+        let tags = ["--addtag", TAG, "--addtag", &job, "--addtag", INCOMPLETE_TAG];
+        let arguments = [&["-y", "-n", name], &tags[..], how].concat();
         self.run_ok("lvcreate", &arguments).map(drop)
     }
 
@@ -235,15 +236,14 @@ impl VolumeBackend for Lvm {
         Ok(BlockTarget { path: volume.path.clone(), offset: 0, size: volume.size, reads_zero })
     }
 
-    fn set_image(&self, volume: &Volume, image: Option<&Digest>) -> Result<()> {
-        let old = volume.tags.image.as_ref().map(|digest| format!("{IMAGE_TAG}{digest}"));
-        let new = image.map(|digest| format!("{IMAGE_TAG}{digest}"));
-        if old == new {
+    fn set_tags(&self, volume: &Volume, tags: &Tags) -> Result<()> {
+        let (old, new) = (written(&volume.tags), written(tags));
+        let mut arguments = Vec::new();
+        arguments.extend(old.iter().filter(|tag| !new.contains(tag)).flat_map(|tag| ["--deltag", tag.as_str()]));
+        arguments.extend(new.iter().filter(|tag| !old.contains(tag)).flat_map(|tag| ["--addtag", tag.as_str()]));
+        if arguments.is_empty() {
             return Ok(());
         }
-        let mut arguments = Vec::new();
-        arguments.extend(old.iter().flat_map(|tag| ["--deltag", tag.as_str()]));
-        arguments.extend(new.iter().flat_map(|tag| ["--addtag", tag.as_str()]));
         let name = self.full_name(volume.name.as_str());
         arguments.push(&name);
         self.run_ok("lvchange", &arguments).map(drop)

@@ -19,6 +19,17 @@ pub const TAG: &str = "lvp";
 pub const JOB_TAG: &str = "lvp.job=";
 /// The tag that names the image that a volume holds.
 pub const IMAGE_TAG: &str = "lvp.image=";
+/// The tag of a volume whose job has not come to its end.
+pub const INCOMPLETE_TAG: &str = "lvp.incomplete";
+
+/// What stands on a volume for these tags, each in words that LVM takes (lvm(8), "TAGS").
+pub fn written(tags: &Tags) -> Vec<String> {
+    let made = tags.made_by_lvp.then(|| TAG.to_owned());
+    let job = tags.job.map(|job| format!("{JOB_TAG}{job}"));
+    let image = tags.image.as_ref().map(|image| format!("{IMAGE_TAG}{image}"));
+    let incomplete = tags.incomplete.then(|| INCOMPLETE_TAG.to_owned());
+    [made, job, image, incomplete].into_iter().flatten().collect()
+}
 
 /// A row of `lvs`.
 #[derive(Debug, Deserialize)]
@@ -59,6 +70,7 @@ impl LogicalVolume {
                 made_by_lvp: self.is_made_by_lvp(),
                 job: self.tag(JOB_TAG).and_then(|id| id.parse::<JobId>().ok()),
                 image: self.tag(IMAGE_TAG).and_then(|digest| digest.parse().ok()),
+                incomplete: self.lv_tags.split(',').any(|tag| tag == INCOMPLETE_TAG),
             },
             open: self.lv_device_open == "open",
             unsuitable: if base::is_base(&self) { Some(BASE) } else { unsuitable(&self.lv_attr) },

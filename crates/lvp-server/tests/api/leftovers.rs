@@ -1,0 +1,82 @@
+//! What was left: incomplete volumes of jobs that will not come back are removed, and nothing else is; and whose a volume is.
+
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use e2e::images::run;
+use serde_json::{Value, json};
+
+use crate::bed::{Bed, DISK};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A file with what lvp writes on its volumes, of a job submitted so many hours ago that nobody here knows.
+fn strange_volume(path: &Path, hours: u64, incomplete: bool) {
+    let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() - hours * 3600;
+    let job = uuid::Uuid::new_v7(uuid::Timestamp::from_unix(uuid::NoContext, seconds, 0));
+    let mut record = json!({ "job": job, "image": null });
+    if incomplete {
+        record["incomplete"] = json!(true);
+    }
+    fs::write(path, vec![7; DISK as usize]).unwrap();
+    run("setfattr", &["--name=user.lvp", &format!("--value={record}"), path.to_str().unwrap()]).unwrap();
+}
+
+async fn until_gone(path: &Path) {
+    let begun = Instant::now();
+    while path.exists() {
+        assert!(begun.elapsed() < PATIENCE, "{} stays", path.display());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_an_unknown_job_left_incomplete_is_removed_after_the_grace_period_and_nothing_else_is() {
+    let mut bed = Bed::new().await;
+    strange_volume(&bed.volume("new"), 23, true);
+    strange_volume(&bed.volume("old"), 25, true);
+    strange_volume(&bed.volume("complete"), 1000, false);
+    strange_volume(&bed.volume("used"), 25, true);
+    // Looks like lvp's by its name only.
+    fs::write(bed.path("volumes/.lvp-used.new"), "another's").unwrap();
+    fs::write(bed.volume("lvp-incomplete"), "another's").unwrap();
+    let loop_device = e2e::images::LoopDevice::attach(&bed.volume("used"), 512).unwrap();
+    let shown = bed.tcp().get("/api/v1/volumes/old").await.expect(200);
+    assert_eq!(shown["incomplete"], true, "{shown:#}");
+    let mut before = bed.listing();
+    bed.restart().await;
+    until_gone(&bed.volume("old")).await;
+    // The next one finds no more than the one before left.
+    bed.restart().await;
+    before.retain(|line| !line.starts_with("volumes/old.raw"));
+    assert_eq!(bed.listing(), before);
+    drop(loop_device);
+    bed.restart().await;
+    until_gone(&bed.volume("used")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whose_a_volume_is_changes_by_the_administrator_only() {
+    let bed = Bed::new().await;
+    bed.publish("good.qcow2", 1);
+    let made = bed.provision(&bed.order("good.qcow2", "web")).await;
+    fs::write(bed.volume("foreign"), vec![7; DISK as usize]).unwrap();
+    let post = async |name: &str, verb: &str| {
+        let path = format!("/api/v1/volumes/{name}/{verb}");
+        bed.tcp().post(&path, &Value::Null).await.refusal("not_permitted");
+        bed.unix().post(&path, &Value::Null).await
+    };
+    assert_eq!(post("foreign", "adopt").await.expect(200)["made_by_lvp"], true);
+    assert_eq!(post("foreign", "adopt").await.expect(200)["made_by_lvp"], true);
+    let released = post("web", "release").await.expect(200);
+    assert!(released["made_by_lvp"] == false && released.get("job_id").is_none(), "{released:#}");
+    post("absent", "adopt").await.refusal("volume_not_found");
+    bed.tcp().delete("/api/v1/volumes/web?force=true").await.refusal("volume_not_ours");
+    bed.tcp().delete("/api/v1/volumes/foreign?force=true").await.expect(204);
+    assert!(bed.volume("web").exists() && !bed.volume("foreign").exists());
+    let adopted = post("web", "adopt").await.expect(200);
+    assert!(adopted["made_by_lvp"] == true && adopted.get("job_id").is_none(), "not the job's: {made:#}");
+}
