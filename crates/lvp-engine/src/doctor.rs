@@ -7,6 +7,7 @@ use std::{env, os::unix::fs::PermissionsExt, path::Path};
 use lvp_api::{ByteSize, Check, DiskFormat, HealthStatus, TargetSpec};
 
 use crate::{
+    db,
     error::Result,
     health::check,
     host::{confine, libvirt::Libvirt},
@@ -22,6 +23,7 @@ pub async fn examine(settings: &EngineSettings, socket: &Path) -> Vec<Check> {
     checks.extend(tools(settings));
     checks.push(confinement());
     checks.push(directory("state", &settings.state_directory, "LVP_STATE_DIR"));
+    checks.push(database(settings).await);
     let libvirt = libvirt(settings).await;
     checks.push(cache(settings, libvirt.status == HealthStatus::Healthy).await);
     checks.push(libvirt);
@@ -110,6 +112,18 @@ fn directory(name: &str, path: &Path, variable: &str) -> Check {
         return seen(name, HealthStatus::Degraded, format!("{}: {} free", path.display(), ByteSize(free)), Some(&hint));
     }
     seen(name, HealthStatus::Healthy, format!("{}: writable, {} free", path.display(), ByteSize(free)), None)
+}
+
+/// The database of jobs, as it is.
+async fn database(settings: &EngineSettings) -> Check {
+    let path = settings.database();
+    let shown = path.display().to_string();
+    if !path.exists() {
+        return seen("database", HealthStatus::Healthy, format!("{shown}: none yet"), None);
+    }
+    let facts = blocking(move || db::examine(&path)).await;
+    let words = |facts: db::Facts| format!("{shown}: in order, {} jobs, schema version {}", facts.jobs, facts.version);
+    check("database", facts.map(|facts| (HealthStatus::Healthy, words(facts))))
 }
 
 /// Where images will be cached: as configured, or in libvirt's pool where there is a libvirt.

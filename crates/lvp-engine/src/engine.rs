@@ -16,6 +16,7 @@ use lvp_api::{
 use tokio::{sync::Mutex, task::AbortHandle, time};
 
 use crate::{
+    db,
     error::{Error, Result},
     health,
     host::{
@@ -57,6 +58,8 @@ struct Inner {
     verifying: Mutex<()>,
     /// libvirt was asked for, or a target needs it: without it the daemon is not ready.
     libvirt_required: bool,
+    /// How long running jobs may go on when it stops.
+    stop_grace: Duration,
     /// Looks for leftovers, at the start and then every hour.
     sweeper: Option<AbortHandle>,
     _lock: Lock,
@@ -88,7 +91,7 @@ impl Engine {
             Error::io("creating", &state, error).hint("set LVP_STATE_DIR to a directory that this user may write to")
         })?;
         let lock = Lock::acquire(&state.join("lock"), &format!("the state directory {}", state.display()))?;
-        let store = Store::open(&settings.database.clone().unwrap_or_else(|| state.join("jobs.db")))?;
+        let store = Store::open(&settings.database())?;
         let (libvirt, libvirt_required) = libvirt(&settings);
         let (directory, pool) = cache_directory(&settings, libvirt.clone()).await;
         let images = Images::open(ImageSettings {
@@ -126,6 +129,7 @@ impl Engine {
                 store,
                 verifying: Mutex::new(()),
                 libvirt_required,
+                stop_grace: settings.stop_grace,
                 sweeper: sweeper.map(|task| task.abort_handle()),
                 _lock: lock,
             }),
@@ -390,11 +394,29 @@ impl Engine {
             .await
     }
 
-    /// Stops: no new jobs; running ones stop where they are, as recorded.
+    /// Stops: no new jobs; running ones have their time to end, and then stop where they are, as recorded.
     pub async fn shutdown(&self) {
+        self.shutdown_unless(std::future::pending()).await;
+    }
+
+    /// As [`Engine::shutdown`]; when `hurry` is there, running jobs stop at once.
+    pub async fn shutdown_unless(&self, hurry: impl Future<Output = ()>) {
         self.inner.end_sweeping();
+        self.inner.runner.retire();
+        tokio::select! {
+            () = self.inner.runner.idle(self.inner.stop_grace) => {}
+            () = hurry => {}
+        }
         self.inner.runner.shutdown(SHUTDOWN_PATIENCE).await;
     }
+}
+
+/// Copies a job database to a new file, also while a daemon uses it; gives how many jobs are in it.
+///
+/// # Errors
+/// `database_unavailable`; `file_in_the_way` when there is something at `to`.
+pub fn backup_database(from: &Path, to: &Path) -> Result<u64> {
+    db::backup(from, to).map(|facts| facts.jobs)
 }
 
 /// Looks for leftovers as long as the daemon is there.

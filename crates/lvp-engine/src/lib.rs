@@ -55,7 +55,7 @@ mod watermark;
 #[cfg(feature = "bench")]
 pub mod watermark;
 
-pub use engine::Engine;
+pub use engine::{Engine, backup_database};
 pub use error::{Error, Result};
 #[cfg(feature = "fuzz")]
 pub use image::parsers;

@@ -72,6 +72,15 @@ pub struct EngineSettings {
     pub job_history: u32,
     /// How long what an unknown job left is kept; `None`: for ever.
     pub leftover_grace: Option<Duration>,
+    /// How long running jobs may go on when the daemon is to stop.
+    pub stop_grace: Duration,
     /// What to do with jobs that an earlier process left.
     pub recovery: Recovery,
+}
+
+impl EngineSettings {
+    /// The database's file.
+    pub fn database(&self) -> PathBuf {
+        self.database.clone().unwrap_or_else(|| self.state_directory.join("jobs.db"))
+    }
 }

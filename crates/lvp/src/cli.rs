@@ -73,9 +73,12 @@ pub enum Command {
     /// Show and change the image cache
     #[command(subcommand)]
     Image(Image),
-    /// Show, verify and delete volumes
+    /// Show, verify, adopt, release and delete volumes
     #[command(subcommand)]
     Volume(Volume),
+    /// Keep the job database safe
+    #[command(subcommand)]
+    Db(Db),
     /// Show the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -277,6 +280,16 @@ pub enum Volume {
         /// Say that the content may be lost
         #[arg(long)]
         force: bool,
+    },
+}
+
+/// Keep the job database safe
+#[derive(Debug, Subcommand)]
+pub enum Db {
+    /// Copy the database to a new file, also while the daemon runs
+    Backup {
+        /// The file to make
+        file: PathBuf,
     },
 }
 

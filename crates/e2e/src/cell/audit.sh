@@ -19,7 +19,7 @@ if [ -n "$group" ]; then
   for pool in $(virsh --quiet pool-list --all --name); do
     echo "pool $pool: $(virsh pool-dumpxml "$pool" | grep -o '<path>.*</path>')"
     virsh pool-refresh "$pool" >/dev/null
-    virsh --quiet vol-list "$pool" | awk -v pool="$pool" 'NF { print "pool-volume " pool "/" $1 ":" }'
+    virsh --quiet vol-list "$pool" | awk -v pool="$pool" 'NF && $1 != ".lvp" { print "pool-volume " pool "/" $1 ":" }'
   done
 fi
 

@@ -81,6 +81,9 @@ const EMPTY_GROUP: &str = "lvs --noheadings --options lv_name vg0 | tr -d ' ' |
     { grep -v -e '^pool0$' -e '^lvp-base-[0-9a-f]\\{16\\}-' || true; } | while read -r name; do lvremove --yes --quiet vg0/$name >/dev/null; done";
 const EMPTY_BASES: &str = "lvs --noheadings --options lv_name vg0 | tr -d ' ' |
     { grep '^lvp-base-' || true; } | while read -r name; do lvremove --yes --quiet vg0/$name >/dev/null; done";
+/// Makes the storage pool that the daemon would make at its first start.
+const POOL: &str = "mkdir cache; virsh --quiet pool-info images >/dev/null 2>&1 ||
+    { virsh --quiet pool-define-as images dir --target $PWD/cache; virsh --quiet pool-start images; }";
 /// A cell of so many is run where not all are.
 const ONE_OF: usize = 8;
 /// Where the binary with the points is in the test machine.
@@ -221,7 +224,8 @@ impl<'a> Matrix<'a> {
             (true, false) => format!("{EMPTY_GROUP}\n{EMPTY_BASES}"),
         };
         self.place.reset(&self.configuration(), &script)?;
-        self.place.shell(&format!("cd {}\n{}", self.place.directory(), self.kind.prepare)).map(drop)
+        let pool = if self.kind.in_machine { POOL } else { "" };
+        self.place.shell(&format!("cd {}\n{pool}\n{}", self.place.directory(), self.kind.prepare)).map(drop)
     }
 
     /// Runs the job without a fault; gives the points that it passes.

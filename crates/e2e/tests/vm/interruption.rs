@@ -161,7 +161,10 @@ fn a_job_to_be_cancelled_when_killed_is_taken_back(world: &World) -> Result<()> 
 
 fn a_stopped_daemon_resumes_its_job(world: &World) -> Result<()> {
     let (daemon, id) = populating(world, "stopped")?;
-    daemon.process.stop()?;
+    // The second signal ends the time that running jobs have.
+    let process = daemon.process.id()?;
+    world.vm.run_ok(&format!("kill -TERM {process}; sleep 0.2; kill -TERM {process}"))?;
+    world.vm.run_ok(&format!("while systemctl is-active --quiet {}; do sleep 0.05; done", daemon.process.unit()))?;
     ensure!(daemon.process.log()?.contains("will be resumed"), "{}", daemon.process.log()?);
     expect_resumed(world, &daemon, &id)
 }

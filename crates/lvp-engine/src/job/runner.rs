@@ -237,13 +237,29 @@ impl<C: Send + 'static> Runner<C> {
         self.inner.changed.subscribe()
     }
 
+    /// Begins no job any more, and takes none.
+    pub fn retire(&self) {
+        self.inner.stopping.store(true, Ordering::Relaxed);
+        self.inner.wake.notify_one();
+    }
+
+    /// Waits until no job runs, `patience` at most.
+    pub async fn idle(&self, patience: Duration) {
+        let running = self.running();
+        if running > 0 && !patience.is_zero() {
+            tracing::info!(running, seconds = patience.as_secs(), "waiting for running jobs to end");
+        }
+        let mut changes = self.changes();
+        let all_ended = async { while self.running() > 0 && changes.changed().await.is_ok() {} };
+        let _ = tokio::time::timeout(patience, all_ended).await;
+    }
+
     /// Stops: no new jobs; running ones are left as recorded, to be resumed. Waits for them, `patience` at most.
     pub async fn shutdown(&self, patience: Duration) {
-        self.inner.stopping.store(true, Ordering::Relaxed);
+        self.retire();
         for live in self.inner.live().values() {
             live.progress.stop(Stop::Shutdown);
         }
-        self.inner.wake.notify_one();
         let mut changes = self.changes();
         let all_stopped = async { while self.running() > 0 && changes.changed().await.is_ok() {} };
         if tokio::time::timeout(patience, all_stopped).await.is_err() {

@@ -104,7 +104,7 @@ impl Store {
             Ok::<_, rusqlite::Error>(value)
         });
         match done.await {
-            Ok(result) => result.map_err(unusable),
+            Ok(result) => result.map_err(db::unusable),
             Err(error) => Err(Error::internal("a database call broke off").source(error)),
         }
     }
@@ -374,12 +374,6 @@ fn get(transaction: &Transaction<'_>, id: JobId) -> rusqlite::Result<Option<Stor
 
 fn now() -> String {
     Timestamp::now().to_string()
-}
-
-fn unusable(error: rusqlite::Error) -> Error {
-    Error::new(ErrorCode::DatabaseUnavailable, "the job database cannot be used")
-        .source(error)
-        .hint("check the space and the permissions of the state directory; volumes are not affected")
 }
 
 /// A row of [`COLUMNS`].

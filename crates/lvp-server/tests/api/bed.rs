@@ -141,7 +141,8 @@ fn settings(root: &Path, endpoint: &str) -> EngineSettings {
         download_limit: None,
         write_limit: None,
         io_priority: IoPriority::default(),
-        leftover_grace: Some(std::time::Duration::from_secs(86400)),
+        leftover_grace: Some(Duration::from_secs(86400)),
+        stop_grace: Duration::ZERO,
         job_history: 1000,
         recovery: Recovery::Resume,
     }

@@ -1,6 +1,7 @@
 //! The commands, one file each.
 
 mod config;
+mod database;
 mod doctor;
 mod image;
 mod job;
@@ -55,6 +56,7 @@ async fn dispatch(cli: Cli, config: &Config) -> Outcome {
     let recovery = match &cli.command {
         Command::Serve(_) => return serve::run(config).await,
         Command::Doctor => return doctor::run(config, cli.global.output).await,
+        Command::Db(command) => return database::run(config, command, cli.global.output),
         Command::Provision(provision) if !provision.dry_run => Recovery::Undo,
         Command::Image(crate::cli::Image::Prefetch { .. }) | Command::Job(crate::cli::Job::Cancel { .. }) => {
             Recovery::Undo
@@ -68,7 +70,7 @@ async fn dispatch(cli: Cli, config: &Config) -> Outcome {
         Command::Job(command) => job::run(&connection, command, output).await,
         Command::Image(command) => image::run(&connection, command, output).await,
         Command::Volume(command) => volume::run(&connection, command, output).await,
-        Command::Serve(_) | Command::Doctor | Command::Config(_) | Command::Completions { .. } => {
+        Command::Serve(_) | Command::Doctor | Command::Db(_) | Command::Config(_) | Command::Completions { .. } => {
             unreachable!("these need no connection")
         }
     };

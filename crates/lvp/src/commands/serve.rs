@@ -1,12 +1,12 @@
-//! `lvp serve`: the daemon. It opens the engine, serves the API, and stops on SIGTERM or SIGINT, leaving running jobs
-//! to be resumed by the next start.
+//! `lvp serve`: the daemon. It opens the engine, serves the API, and stops on SIGTERM or SIGINT: running jobs have their time
+//! to end, and are then left to be resumed by the next start. A second signal ends that time.
 
 use std::process::ExitCode;
 
 use lvp_engine::{Engine, Error, Recovery};
 use lvp_server::listen;
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::watch,
 };
 
@@ -18,7 +18,7 @@ pub async fn run(config: &Config) -> Outcome {
     let addresses = config.addresses().map_err(body)?;
     listen::check(&addresses).map_err(body)?;
     // From here on a signal is a wish to stop, not the end in the middle of a step.
-    let signals = stop_signals().map_err(body)?;
+    let mut signals = StopSignals::listen().map_err(body)?;
     let engine = Engine::open(config.engine(Recovery::Resume).map_err(body)?).await.map_err(body)?;
     let listeners = listen::bind(&addresses).await.map_err(body)?;
     tracing::info!(
@@ -29,23 +29,37 @@ pub async fn run(config: &Config) -> Outcome {
     );
     let (stop, stopped) = watch::channel(false);
     let server = tokio::spawn(listen::serve(listeners, lvp_server::router(engine.clone()), stopped));
-    let name = signals.await;
-    tracing::info!(signal = name, "stopping; running jobs will be resumed at the next start");
-    engine.shutdown().await;
+    let name = signals.next().await;
+    tracing::info!(signal = name, "stopping; what does not end in its time will be resumed at the next start");
+    let hurry = async {
+        let name = signals.next().await;
+        tracing::info!(signal = name, "stopping at once");
+    };
+    engine.shutdown_unless(hurry).await;
     let _ = stop.send(true);
     let _ = server.await;
     tracing::info!("stopped");
     Ok(ExitCode::SUCCESS)
 }
 
-/// Listens for signals to stop, from now on; gives the name of the first one.
-fn stop_signals() -> lvp_engine::Result<impl Future<Output = &'static str>> {
-    let listen = |kind| signal(kind).map_err(|error| Error::internal("signals cannot be received").source(error));
-    let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
-    Ok(async move {
+/// The signals to stop.
+struct StopSignals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl StopSignals {
+    /// Listens for them from now on.
+    fn listen() -> lvp_engine::Result<Self> {
+        let listen = |kind| signal(kind).map_err(|error| Error::internal("signals cannot be received").source(error));
+        Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+    }
+
+    /// Waits for the next; gives its name.
+    async fn next(&mut self) -> &'static str {
         tokio::select! {
-            _ = terminate.recv() => "SIGTERM",
-            _ = interrupt.recv() => "SIGINT",
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
         }
-    })
+    }
 }

@@ -253,16 +253,17 @@ impl Config {
         found.ok_or_else(|| self.invalid("io_priority", "is not one of normal, low and idle"))
     }
 
-    /// A span of time such as `36h` or `1d 12h`; `None` for `never`.
-    fn span(&self, key: &str) -> Result<Option<Duration>> {
-        let text = self.text(key).unwrap_or_default();
-        if text == "never" {
-            return Ok(None);
-        }
-        let invalid = || self.invalid(key, "is neither a span of time such as 36h or 7d, nor `never`");
-        let span: jiff::Span = text.parse().map_err(|_| invalid())?;
+    /// A span of time such as `36h` or `1d 12h`.
+    fn span(&self, key: &str) -> Result<Duration> {
+        let invalid = || self.invalid(key, "is not a span of time such as 30s, 36h or 7d");
+        let span: jiff::Span = self.text(key).unwrap_or_default().parse().map_err(|_| invalid())?;
         let span = span.to_duration(jiff::SpanRelativeTo::days_are_24_hours()).map_err(|_| invalid())?;
-        Duration::try_from(span).map(Some).map_err(|_| invalid())
+        Duration::try_from(span).map_err(|_| invalid())
+    }
+
+    /// As [`Config::span`], or `never`.
+    fn span_or_never(&self, key: &str) -> Result<Option<Duration>> {
+        if self.text(key) == Some("never") { Ok(None) } else { self.span(key).map(Some) }
     }
 
     fn milliseconds(&self, key: &str) -> Result<Vec<Duration>> {
@@ -357,7 +358,8 @@ impl Config {
             download_limit: self.rate("download_limit")?,
             write_limit: self.rate("write_limit")?,
             io_priority: self.io_priority()?,
-            leftover_grace: self.span("leftover_grace")?,
+            leftover_grace: self.span_or_never("leftover_grace")?,
+            stop_grace: self.span("stop_grace")?,
             job_history: self.number("job_history")?.unwrap_or(1000),
             recovery,
         })

@@ -113,6 +113,12 @@ pub const SETTINGS: &[Setting] = &[
         "I/O priority of what copies to volumes: normal, low, or idle; heeded by the I/O schedulers bfq and mq-deadline",
     ),
     setting(
+        "stop_grace",
+        &["LVP_STOP_GRACE"],
+        Some("10s"),
+        "How long running jobs may go on when the daemon is told to stop; then they are resumed at the next start",
+    ),
+    setting(
         "leftover_grace",
         &["LVP_LEFTOVER_GRACE"],
         Some("24h"),

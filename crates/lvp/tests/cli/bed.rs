@@ -105,8 +105,14 @@ impl Bed {
 
     /// A daemon, once its socket answers.
     pub fn serve(&self) -> Process {
+        self.serve_with(&[])
+    }
+
+    /// As [`Bed::serve`], with these variables too.
+    pub fn serve_with(&self, environment: &[(&str, &str)]) -> Process {
         let log = fs::File::create(self.path("log")).unwrap();
-        let child = self.command(&["serve"]).env("LOG_LEVEL", "trace").stderr(log).spawn().unwrap();
+        let mut command = self.command(&["serve"]);
+        let child = command.env("LOG_LEVEL", "trace").envs(environment.iter().copied()).stderr(log).spawn().unwrap();
         let mut daemon = Process(child);
         let begun = Instant::now();
         while UnixStream::connect(self.socket()).is_err() {

@@ -121,6 +121,9 @@ fn a_stopped_daemon_leaves_a_running_job_to_the_next() {
     let id = bed.lvp(&["provision", &url, "web-1", "--size", "64M", "--detach"]).exits(0).stdout.trim().to_owned();
     until(|| bed.get(&format!("/api/v1/jobs/{id}")).contains("\"downloading\"") && web.count("GET", "/slow.qcow2") > 0);
     daemon.signal("TERM");
+    until(|| bed.log().contains("waiting for running jobs to end"));
+    // The second one ends the time that the job has.
+    daemon.signal("TERM");
     assert!(daemon.ends_within(SOON).success());
     // One who only looks finds it as it was left.
     assert_eq!(bed.lvp(&["job", "show", &id, "-o", "json"]).exits(0).json()["status"], "pending");
@@ -129,6 +132,56 @@ fn a_stopped_daemon_leaves_a_running_job_to_the_next() {
     assert_eq!(bed.lvp(&["job", "watch", &id, "-o", "json"]).exits(0).json()["status"], "completed");
     let content = fs::read(bed.volume("web-1")).unwrap();
     assert!(content.len() as u64 == 64 * MIB && content.iter().all(|byte| *byte == 7));
+}
+
+#[test]
+fn a_running_job_has_its_time_to_end_when_the_daemon_stops() {
+    let bed = Bed::new();
+    let web = Server::start();
+    web.serve("/held.qcow2", page().pace(2048, Duration::from_millis(50)));
+    // So long that it ends by the job's end only.
+    let mut daemon = bed.serve_with(&[("LVP_STOP_GRACE", "1h")]);
+    let url = web.url("/held.qcow2");
+    let id = bed.lvp(&["provision", &url, "web-1", "--size", "64M", "--detach"]).exits(0).stdout.trim().to_owned();
+    until(|| bed.get(&format!("/api/v1/jobs/{id}")).contains("\"downloading\""));
+    daemon.signal("TERM");
+    until(|| bed.log().contains("waiting for running jobs to end"));
+    let late = bed.lvp(&["provision", &url, "web-2", "--size", "64M", "--detach"]).exits(8);
+    assert!(late.stderr.contains("shutting_down"), "{late:?}");
+    assert!(daemon.ends_within(SOON * 4).success());
+    assert_eq!(bed.lvp(&["job", "show", &id, "-o", "json"]).exits(0).json()["status"], "completed");
+    assert!(!bed.volume("web-2").exists());
+}
+
+#[test]
+fn the_database_is_backed_up_beside_the_daemon_and_a_damaged_one_is_no_loss() {
+    let bed = Bed::new();
+    bed.publish("good.qcow2");
+    let mut daemon = bed.serve();
+    bed.lvp(&["provision", "s3://images/good.qcow2", "web-1", "--size", "8M"]).exits(0);
+    let (database, copy) = (bed.path("state/jobs.db"), bed.path("copy.db"));
+    let words = ["db", "backup", copy.to_str().unwrap()];
+    assert!(bed.lvp(&words).exits(0).stdout.starts_with("1 jobs of "));
+    let twice = bed.lvp(&words).exits(4);
+    assert!(twice.stderr.contains("file_in_the_way"), "{twice:?}");
+    daemon.signal("TERM");
+    assert!(daemon.ends_within(SOON).success());
+
+    fs::write(&database, "no database, but some bytes").unwrap();
+    let volume = fs::read(bed.volume("web-1")).unwrap();
+    for words in [&["serve"][..], &["job", "list"], &["db", "backup", "other.db"]] {
+        let refused = bed.lvp(words).exits(8);
+        assert!(refused.stderr.contains("database_unavailable") && refused.stderr.contains("mv "), "{refused:?}");
+    }
+    let examined = bed.lvp(&["doctor"]).exits(8);
+    assert!(examined.stdout.contains("FAIL  database"), "{examined:?}");
+    // The way out, as it was said.
+    fs::rename(&database, bed.path("state/jobs.db.damaged")).unwrap();
+    fs::copy(&copy, &database).unwrap();
+    assert!(bed.lvp(&["job", "list"]).exits(0).stdout.contains("web-1"));
+    assert_eq!(fs::read(bed.volume("web-1")).unwrap(), volume);
+    let examined = bed.lvp(&["doctor"]).stdout;
+    assert!(examined.contains("in order, 1 jobs, schema version"), "{examined}");
 }
 
 #[test]
