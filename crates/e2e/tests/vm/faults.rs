@@ -284,6 +284,9 @@ impl<'a> Matrix<'a> {
         };
         let log = if matches!(verdict, Verdict::Third(_)) { self.place.log() } else { String::new() };
         let fault = format!("{point} {}", action.name());
+        if let Verdict::Third(why) = &verdict {
+            eprintln!("{}: {fault}: {why}", self.kind.name);
+        }
         self.rows.push(Row { fault, status, verdict, log });
         Ok(())
     }

@@ -118,7 +118,12 @@ fn trial(name: String, scenario: fn(&World) -> Result<()>, worlds: &Arc<Worlds>)
         let begun = Instant::now();
         let outcome = world.reset().and_then(|()| run(scenario, &world));
         eprintln!("{name}: {:.1} s", begun.elapsed().as_secs_f32());
-        let outcome = outcome.map_err(|error| Failed::from(format!("{error:#}\n{}", collect_logs(&world, &name))));
+        // At once: the summary comes when all others have ended.
+        let words = outcome.map_err(|error| format!("{error:#}\n{}", collect_logs(&world, &name)));
+        let outcome = words.map_err(|words| {
+            eprintln!("{name}: {words}");
+            Failed::from(words)
+        });
         worlds.give_back(world);
         outcome
     })
