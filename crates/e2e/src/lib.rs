@@ -4,10 +4,12 @@
 
 pub mod bed;
 pub mod fixture;
+pub mod gate;
 pub mod images;
 pub mod minio;
 pub mod product;
 pub mod s3;
 pub mod server;
+pub mod tls;
 pub mod vm;
 pub mod volumes;
