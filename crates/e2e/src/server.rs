@@ -25,6 +25,8 @@ use crate::{gate::Gate, tls::Identity};
 
 /// Of this machine, for nobody else.
 const FREE_PORT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+/// A server that is killed ends within this.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Largest head of a request, in bytes.
 const HEAD: usize = 64 << 10;
 /// Bytes that are written at once.
@@ -297,8 +299,14 @@ impl Server {
         self.authority.as_deref()
     }
 
-    /// Where it listens.
-    pub fn address(&self) -> SocketAddr {
+    /// Ends it with all its connections, and gives its port back. Gives its address.
+    ///
+    /// # Panics
+    /// When it does not end.
+    pub fn kill(mut self) -> SocketAddr {
+        let runtime = self.runtime.take().expect("it runs");
+        // On a thread of its own: a runtime's own threads must not wait for another one.
+        std::thread::spawn(|| runtime.shutdown_timeout(PATIENCE)).join().expect("the end of a server");
         self.address
     }
 

@@ -84,7 +84,8 @@ fn parameters(names: &[String], authority: Option<&str>, expired: bool) -> Certi
     let mut made = CertificateParams::new(names).expect("names");
     if let Some(name) = authority {
         made.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        made.distinguished_name.push(rcgen::DnType::CommonName, name);
+        // Two of one name would be taken for one whose signature is wrong.
+        made.distinguished_name.push(rcgen::DnType::CommonName, format!("{name} {}", fastrand::u64(..)));
     }
     if expired {
         (made.not_before, made.not_after) = (date_time_ymd(PAST - 1, 1, 1), date_time_ymd(PAST, 1, 1));

@@ -308,6 +308,10 @@ impl VolumeBackend for Directory {
         let flags = OFlags::NOFOLLOW.bits().cast_signed();
         let file = OpenOptions::new().write(true).custom_flags(flags).open(&volume.path).map_err(failed)?;
         let before = read_record::<Record>(&volume.path)?;
+        if before.is_none() && image.is_none() {
+            // A file of somebody else says nothing already.
+            return Ok(());
+        }
         let (job, size) = before.map_or((None, None), |record| (record.job, record.size));
         let record = Record { job, image: image.cloned(), size };
         match write_record(&file, &record).and_then(|()| rustix::fs::fsync(&file)) {
