@@ -2,9 +2,12 @@
 //!
 //! It leaves out what comes to it: see [`server`](crate::server).
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use tokio::sync::watch;
+
+/// What has not come to a gate by then never does.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What answers wait at. Clones are the same gate.
 #[derive(Debug, Clone)]
@@ -24,9 +27,14 @@ impl Gate {
         self.state.send_modify(|(_, open)| *open = true);
     }
 
-    /// Waits until an answer has come to the gate.
+    /// Waits until something has come to the gate.
+    ///
+    /// # Panics
+    /// When nothing comes.
     pub async fn reached(&self) {
-        let _ = self.state.subscribe().wait_for(|(waiting, _)| *waiting > 0).await;
+        let mut state = self.state.subscribe();
+        let came = tokio::time::timeout(PATIENCE, state.wait_for(|(waiting, _)| *waiting > 0)).await;
+        assert!(came.is_ok(), "nothing came to the gate");
     }
 
     pub(crate) async fn pass(&self) {

@@ -265,15 +265,16 @@ impl Server {
     /// # Panics
     /// When no port or thread can be had.
     pub fn start() -> Self {
-        Self::run(FREE_PORT, None)
+        Self::run(FREE_PORT, None, Site::default())
     }
 
-    /// As [`Server::start`], in place of one that was there and is gone.
+    /// As [`Server::start`], in place of one that was there and is gone, with this page from the first moment on.
     ///
     /// # Panics
     /// When the port is taken.
-    pub fn start_at(address: SocketAddr) -> Self {
-        Self::run(address, None)
+    pub fn start_at(address: SocketAddr, path: &str, page: Page) -> Self {
+        let pages = HashMap::from([(path.to_owned(), page)]);
+        Self::run(address, None, Site { pages, ..Site::default() })
     }
 
     /// As [`Server::start`], with TLS under a certificate for its address that it makes and signs itself.
@@ -289,7 +290,7 @@ impl Server {
     /// # Panics
     /// When it cannot be used.
     pub fn start_tls_as(identity: &Identity) -> Self {
-        let mut server = Self::run(FREE_PORT, Some(identity.acceptor()));
+        let mut server = Self::run(FREE_PORT, Some(identity.acceptor()), Site::default());
         server.authority = Some(identity.authority().to_owned());
         server
     }
@@ -310,9 +311,9 @@ impl Server {
         self.address
     }
 
-    fn run(address: SocketAddr, tls: Option<TlsAcceptor>) -> Self {
+    fn run(address: SocketAddr, tls: Option<TlsAcceptor>, site: Site) -> Self {
         let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
-        let site = Arc::new(Mutex::new(Site::default()));
+        let site = Arc::new(Mutex::new(site));
         let shared = site.clone();
         // A port that was given back can be taken again at once.
         let listener = std::net::TcpListener::bind(address).expect("a port");
@@ -387,7 +388,10 @@ async fn connection(mut stream: TcpStream, tls: Option<TlsAcceptor>, site: &Mute
 }
 
 /// One request and its answer; says how the answer ended before its end.
-async fn serve(stream: &mut (impl AsyncRead + AsyncWrite + Unpin), shared: &Mutex<Site>) -> std::io::Result<Option<End>> {
+async fn serve(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    shared: &Mutex<Site>,
+) -> std::io::Result<Option<End>> {
     let Some(request) = read_request(stream).await? else { return Ok(None) };
     let (answer, link) = {
         let mut site = site(shared);

@@ -153,12 +153,9 @@ fn is_hole(file: &mut File, start: u64, end: u64) -> io::Result<bool> {
 }
 
 fn gone(path: &Path) -> Error {
-    Error::new(
-        ErrorCode::ChecksumMismatch,
-        format!("the cached image {} was removed by someone else", path.display()),
-    )
-    .hint("it is fetched anew")
-    .retry(true)
+    Error::new(ErrorCode::ChecksumMismatch, format!("the cached image {} was removed by someone else", path.display()))
+        .hint("it is fetched anew")
+        .retry(true)
 }
 
 fn damaged(path: &Path, offset: u64) -> Error {

@@ -325,13 +325,15 @@ impl Context {
         let (job, libvirt) = (self.id, self.services.libvirt.clone());
         let (known, was_made) = (self.known.clone(), self.record.device_path.is_some());
         blocking(move || match find_settled(&*backend, &wanted.name)? {
+            // Somebody put it in place of this job's, whatever tags it has.
+            Some(volume) if known.is_some_and(|known| known.is_replaced_by(&volume)) => Ok(()),
             Some(volume) if volume.tags.job == Some(job) => {
                 refuse_in_use(&volume, libvirt.as_ref())?;
                 backend.remove(&wanted.name)
             }
-            // Somebody else's, who was quicker or put it in place of this job's.
-            Some(volume) if !was_made || known.is_some_and(|known| known.is_replaced_by(&volume)) => Ok(()),
-            Some(volume) => Err(lost_tags(&volume)),
+            Some(volume) if was_made => Err(lost_tags(&volume)),
+            // Somebody was quicker.
+            Some(_) => Ok(()),
             // What was left of making it.
             None => backend.remove(&wanted.name),
         })

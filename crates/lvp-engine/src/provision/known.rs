@@ -67,9 +67,14 @@ impl Known {
     fn replaced(&self) -> Error {
         Error::new(
             ErrorCode::FileInTheWay,
-            format!("volume {} was replaced by another one while the job wrote it; the other one was left as it is", self.name),
+            format!(
+                "volume {} was replaced by another one while the job wrote it; the other one was left as it is",
+                self.name
+            ),
         )
-        .hint("find out who made the other one; then choose another volume name, or submit the job again to overwrite it")
+        .hint(
+            "find out who made the other one; then choose another volume name, or submit the job again to overwrite it",
+        )
         .detail("volume", self.name.as_str())
     }
 }

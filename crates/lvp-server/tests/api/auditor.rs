@@ -43,6 +43,8 @@ pub struct Audit<'a> {
     bed: &'a Bed,
     before: Items,
     excepted: Vec<String>,
+    may_cache: Option<String>,
+    released: Option<String>,
 }
 
 /// A provision that came to its good end.
@@ -64,12 +66,36 @@ pub struct Failed<'a> {
 
 impl<'a> Audit<'a> {
     pub fn begin(bed: &'a Bed) -> Self {
-        Self { bed, before: items(bed), excepted: Vec::new() }
+        Self { bed, before: items(bed), excepted: Vec::new(), may_cache: None, released: None }
     }
 
     /// This file the test accounts for by itself.
     pub fn but_for(mut self, name: impl Into<String>) -> Self {
         self.excepted.push(name.into());
+        self
+    }
+
+    /// Downloads are under way already.
+    pub fn but_for_downloads(mut self) -> Self {
+        self.before.retain(|name, _| !name.contains(".partial"));
+        self
+    }
+
+    /// A failed job may have brought this image to its end before; then it is in the cache as a whole.
+    pub fn may_cache(mut self, image: &Path) -> Self {
+        self.may_cache = Some(sha256(image));
+        self
+    }
+
+    /// This volume loses the tags of the job that makes it.
+    pub fn released(mut self, volume: &str) -> Self {
+        self.released = Some(name_of(self.bed, &self.bed.volume(volume)));
+        self
+    }
+
+    /// What is remembered of this cached file is forgotten; the file stays.
+    pub fn forgets(mut self, file: &Path) -> Self {
+        self.before.remove(&sidecar_of(file)).expect("a sidecar");
         self
     }
 
@@ -98,7 +124,12 @@ impl<'a> Audit<'a> {
     /// That nothing is other than before.
     #[track_caller]
     pub fn unchanged(&self, job: &Value) {
-        let (before, after) = (self.seen(self.before.clone()), self.seen(items(self.bed)));
+        let (before, mut after) = (self.seen(self.before.clone()), self.seen(items(self.bed)));
+        if let Some(digest) = &self.may_cache {
+            let is_new = |name: &str| name.starts_with("cache/") && !before.contains_key(name);
+            let brought = after.extract_if(.., |name, item| is_new(name) && item.sha256 == *digest).count();
+            assert!([0, 2].contains(&brought), "half an image is in the cache: {job:#}");
+        }
         assert_eq!(after, before, "not as it was: {job:#}");
         assert_eq!(job["receipt"], Value::Null, "{job:#}");
         assert!(job["details"].get("not_undone").is_none(), "{job:#}");
@@ -138,6 +169,7 @@ impl<'a> Audit<'a> {
         let mut now = after.remove(volume).expect("the volume").attributes;
         let tags: Value = serde_json::from_str(&now.remove(TAGS).expect("the volume has tags")).unwrap();
         let (owner, others) = match before.remove(volume) {
+            None if self.released.as_deref() == Some(volume) => (Value::Null, BTreeMap::new()),
             None => (job["job_id"].clone(), BTreeMap::new()),
             Some(mut then) => {
                 let owner = then.attributes.remove(TAGS).map(|tags| serde_json::from_str::<Value>(&tags).unwrap());
@@ -154,7 +186,7 @@ impl<'a> Audit<'a> {
         let name = name_of(self.bed, &cached);
         let file = after.remove(&name).unwrap_or_else(|| panic!("no {name} in {after:#?}"));
         assert_eq!((file.size, file.sha256.as_str()), (image.metadata().unwrap().len(), sha256(image).as_str()));
-        let sidecar = format!("cache/.lvp/{}.json", cached.file_name().unwrap().to_str().unwrap());
+        let sidecar = sidecar_of(&cached);
         let beside = after.remove(&sidecar).unwrap_or_else(|| panic!("no {sidecar} in {after:#?}"));
         assert_eq!(beside.sha256, file.sha256, "the digest in the sidecar");
         before.remove(&name);
@@ -165,6 +197,10 @@ impl<'a> Audit<'a> {
         items.retain(|name, _| !self.excepted.contains(name));
         items
     }
+}
+
+fn sidecar_of(cached: &Path) -> String {
+    format!("cache/.lvp/{}.json", cached.file_name().unwrap().to_str().unwrap())
 }
 
 fn name_of(bed: &Bed, file: &Path) -> String {

@@ -106,7 +106,8 @@ async fn a_source_that_stays_broken_leaves_everything_as_it_was() {
         ("no image", page().fail(999, 404), "source_not_found", false, "is not there"),
     ] {
         let expected = Failed { code, retryable, says: &["/x.raw", says] };
-        fails_on_both(&bed, name, &order(&web.url("/x.raw"), ""), &expected, || web.serve("/x.raw", page.clone())).await;
+        fails_on_both(&bed, name, &order(&web.url("/x.raw"), ""), &expected, || web.serve("/x.raw", page.clone()))
+            .await;
     }
 }
 
@@ -301,8 +302,7 @@ async fn a_store_killed_and_started_again_in_the_middle_is_no_failure() {
         let id = bed.submit(&order(&store.url("/x.raw"), volume)).await;
         gate.reached().await;
         bed.job_when(&id, |job| job["progress"]["bytes_processed"].as_u64() == Some(9 * MIB)).await;
-        let store = Server::start_at(store.kill());
-        store.serve("/x.raw", page());
+        let store = Server::start_at(store.kill(), "/x.raw", page());
         let expected = Complete { volume, image: &image, format: "raw", size: SIZE + MIB };
         let job = audit.complete(&id, &expected).await;
         assert_eq!(job["receipt"]["bytes_fetched"], SIZE, "{job:#}");
