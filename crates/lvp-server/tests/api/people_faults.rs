@@ -17,7 +17,7 @@ use e2e::{
     server::{Page, Server},
 };
 use reqwest::Method;
-use rustix::fs::{XattrFlags, lsetxattr, removexattr};
+use rustix::fs::{FlockOperation, XattrFlags, flock, lsetxattr, removexattr};
 use serde_json::{Value, json};
 
 use crate::{
@@ -265,6 +265,18 @@ async fn a_volume_that_was_there_and_is_removed_or_replaced_while_it_is_written_
         assert_runs(&bed, &id).await;
         audit.failed(&id, &expected).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_that_is_locked_at_the_last_moment_keeps_its_tags() {
+    let (bed, web, _) = ready().await;
+    bed.provision(&order(&web.url("/x.raw"), "web-1")).await;
+    // By this process, which is none that is looked for before: the lock alone is in the way.
+    let held = fs::File::open(bed.volume("web-1")).unwrap();
+    flock(&held, FlockOperation::LockExclusive).unwrap();
+    let audit = Audit::begin(&bed);
+    let id = bed.submit(&order(&web.url("/x.raw"), "web-1")).await;
+    audit.failed(&id, &Failed { code: "volume_in_use", retryable: true, says: &["web-1.raw is in use"] }).await;
 }
 
 /// Removes lvp's tags from a volume, as `setfattr -x` does.
