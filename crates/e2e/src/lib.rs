@@ -5,11 +5,13 @@
 pub mod bed;
 pub mod cell;
 pub mod fixture;
+pub mod gate;
 pub mod images;
 pub mod minio;
 pub mod product;
 pub mod s3;
 pub mod server;
+pub mod tls;
 pub mod verdict;
 pub mod vm;
 pub mod volumes;

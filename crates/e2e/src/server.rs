@@ -1,13 +1,14 @@
 //! An HTTP/1.1 server that misbehaves on demand: what object stores, proxies and web servers do to a download.
 //!
 //! Each path has one [`Page`], which says what is served and what goes wrong; all requests are kept, with their headers.
-//! All connections together can be given a rate, as a link has one.
-//! It runs on its own thread, so it serves tests with and without a runtime. With TLS, its certificate is of an authority
-//! that nobody knows. It leaves out request bodies.
+//! All connections together can be given a rate, as a link has one. A [`Gate`] holds an answer up in the middle for as long
+//! as a test wants.
+//! It runs on its own thread, so it serves tests with and without a runtime. It leaves out request bodies, and how
+//! certificates are made: see [`tls`](crate::tls).
 
 use std::{
     collections::HashMap,
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -15,14 +16,17 @@ use std::{
 use bytes::Bytes;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
     runtime::{Builder, Runtime},
 };
-use tokio_rustls::{
-    TlsAcceptor,
-    rustls::{ServerConfig, pki_types::PrivateKeyDer},
-};
+use tokio_rustls::TlsAcceptor;
 
+use crate::{gate::Gate, tls::Identity};
+
+/// Of this machine, for nobody else.
+const FREE_PORT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+/// A server that is killed ends within this.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Largest head of a request, in bytes.
 const HEAD: usize = 64 << 10;
 /// Bytes that are written at once.
@@ -45,6 +49,8 @@ pub struct Page {
     head_status: Option<u16>,
     cuts: Vec<u64>,
     stalls: Vec<u64>,
+    resets: Vec<u64>,
+    gate: Option<(u64, Gate)>,
     pace: Option<(usize, Duration)>,
     no_ranges: bool,
     ignores_ranges: bool,
@@ -129,6 +135,20 @@ impl Page {
     #[must_use]
     pub fn stall(mut self, at: &[u64]) -> Self {
         self.stalls = at.to_vec();
+        self
+    }
+
+    /// Resets the connection (RST) before this byte of the object, once for each value.
+    #[must_use]
+    pub fn reset(mut self, at: &[u64]) -> Self {
+        self.resets = at.to_vec();
+        self
+    }
+
+    /// Sends nothing from this byte of the object on until the gate is open.
+    #[must_use]
+    pub fn hold(mut self, at: u64, gate: &Gate) -> Self {
+        self.gate = Some((at, gate.clone()));
         self
     }
 
@@ -220,7 +240,7 @@ struct Link {
 
 impl Link {
     /// Waits until so many bytes have gone through.
-    async fn pass(&self, bytes: usize) {
+    pub(crate) async fn pass(&self, bytes: usize) {
         let until = {
             let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
             let earliest = Instant::now().checked_sub(LATE).unwrap_or(*free);
@@ -245,22 +265,33 @@ impl Server {
     /// # Panics
     /// When no port or thread can be had.
     pub fn start() -> Self {
-        Self::run(None)
+        Self::run(FREE_PORT, None, Site::default())
     }
 
-    /// As [`Server::start`], with TLS under a certificate that it makes.
+    /// As [`Server::start`], in place of one that was there and is gone, with this page from the first moment on.
+    ///
+    /// # Panics
+    /// When the port is taken.
+    pub fn start_at(address: SocketAddr, path: &str, page: Page) -> Self {
+        let pages = HashMap::from([(path.to_owned(), page)]);
+        Self::run(address, None, Site { pages, ..Site::default() })
+    }
+
+    /// As [`Server::start`], with TLS under a certificate for its address that it makes and signs itself.
     ///
     /// # Panics
     /// When no certificate, port or thread can be had.
     pub fn start_tls() -> Self {
-        let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).expect("a certificate");
-        let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).expect("a key");
-        let settings = ServerConfig::builder()
-            .with_no_client_auth()
-            .with_single_cert(vec![made.cert.der().clone()], key)
-            .expect("a TLS configuration");
-        let mut server = Self::run(Some(TlsAcceptor::from(Arc::new(settings))));
-        server.authority = Some(made.cert.pem());
+        Self::start_tls_as(&Identity::self_signed("127.0.0.1"))
+    }
+
+    /// As [`Server::start`], with TLS under this certificate.
+    ///
+    /// # Panics
+    /// When it cannot be used.
+    pub fn start_tls_as(identity: &Identity) -> Self {
+        let mut server = Self::run(FREE_PORT, Some(identity.acceptor()), Site::default());
+        server.authority = Some(identity.authority().to_owned());
         server
     }
 
@@ -269,26 +300,32 @@ impl Server {
         self.authority.as_deref()
     }
 
-    fn run(tls: Option<TlsAcceptor>) -> Self {
+    /// Ends it with all its connections, and gives its port back. Gives its address.
+    ///
+    /// # Panics
+    /// When it does not end.
+    pub fn kill(mut self) -> SocketAddr {
+        let runtime = self.runtime.take().expect("it runs");
+        // On a thread of its own: a runtime's own threads must not wait for another one.
+        std::thread::spawn(|| runtime.shutdown_timeout(PATIENCE)).join().expect("the end of a server");
+        self.address
+    }
+
+    fn run(address: SocketAddr, tls: Option<TlsAcceptor>, site: Site) -> Self {
         let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
-        let site = Arc::new(Mutex::new(Site::default()));
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let site = Arc::new(Mutex::new(site));
+        let shared = site.clone();
+        // A port that was given back can be taken again at once.
+        let listener = std::net::TcpListener::bind(address).expect("a port");
         listener.set_nonblocking(true).expect("a non-blocking socket");
         let address = listener.local_addr().expect("an address");
-        let shared = site.clone();
         runtime.spawn(async move {
             let listener = TcpListener::from_std(listener).expect("a listener");
             while let Ok((stream, _)) = listener.accept().await {
                 let (site, tls) = (shared.clone(), tls.clone());
                 tokio::spawn(async move {
                     // A client that goes away in the middle is what some tests do.
-                    let _ = match tls {
-                        None => serve(stream, &site).await,
-                        Some(tls) => match tls.accept(stream).await {
-                            Ok(stream) => serve(stream, &site).await,
-                            Err(error) => Err(error),
-                        },
-                    };
+                    let _ = connection(stream, tls, &site).await;
                 });
             }
         });
@@ -340,8 +377,22 @@ fn site(site: &Mutex<Site>) -> MutexGuard<'_, Site> {
     site.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn serve(mut stream: impl AsyncRead + AsyncWrite + Unpin, shared: &Mutex<Site>) -> std::io::Result<()> {
-    let Some(request) = read_request(&mut stream).await? else { return Ok(()) };
+async fn connection(mut stream: TcpStream, tls: Option<TlsAcceptor>, site: &Mutex<Site>) -> std::io::Result<()> {
+    if let Some(tls) = tls {
+        return serve(&mut tls.accept(stream).await?, site).await.map(drop);
+    }
+    if let Some(End::Reset) = serve(&mut stream, site).await? {
+        stream.set_zero_linger()?;
+    }
+    Ok(())
+}
+
+/// One request and its answer; says how the answer ended before its end.
+async fn serve(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    shared: &Mutex<Site>,
+) -> std::io::Result<Option<End>> {
+    let Some(request) = read_request(stream).await? else { return Ok(None) };
     let (answer, link) = {
         let mut site = site(shared);
         site.received.push(request.clone());
@@ -351,8 +402,12 @@ async fn serve(mut stream: impl AsyncRead + AsyncWrite + Unpin, shared: &Mutex<S
         };
         (answer, site.link.clone())
     };
-    answer.send(&mut stream, request.method == "HEAD", link.as_deref()).await?;
-    stream.shutdown().await
+    let end = answer.end.as_ref().map(|(_, end)| end.clone());
+    answer.send(stream, request.method == "HEAD", link.as_deref()).await?;
+    if !matches!(end, Some(End::Reset)) {
+        stream.shutdown().await?;
+    }
+    Ok(end)
 }
 
 async fn read_request(stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> std::io::Result<Option<Received>> {
@@ -378,13 +433,23 @@ async fn read_request(stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> std
     Ok(Some(Received { method: method.to_owned(), target: target.to_owned(), headers }))
 }
 
+/// How an answer breaks off.
+#[derive(Debug, Clone)]
+enum End {
+    Cut,
+    Stall,
+    Reset,
+    /// It goes on when the gate is open.
+    Hold(Gate),
+}
+
 struct Answer {
     status: u16,
     headers: Vec<(String, String)>,
     body: Bytes,
     chunked: bool,
-    /// After so many bytes of the body the connection is closed, or (stalled) left open.
-    end: Option<(usize, bool)>,
+    /// What happens after so many bytes of the body.
+    end: Option<(usize, End)>,
     pace: Option<(usize, Duration)>,
 }
 
@@ -410,8 +475,32 @@ impl Answer {
         if head_only {
             return Ok(());
         }
-        let (limit, stalls) = self.end.unwrap_or((self.body.len(), false));
-        let sent = self.body.slice(..limit.min(self.body.len()));
+        let (first, end) = match &self.end {
+            Some((limit, end)) => (*limit, Some(end)),
+            None => (self.body.len(), None),
+        };
+        self.send_part(stream, link, self.body.slice(..first)).await?;
+        match end {
+            Some(End::Stall) => std::future::pending::<()>().await,
+            Some(End::Hold(gate)) => {
+                gate.pass().await;
+                self.send_part(stream, link, self.body.slice(first..)).await?;
+            }
+            Some(End::Cut | End::Reset) => return Ok(()),
+            None => {}
+        }
+        if self.chunked {
+            stream.write_all(b"0\r\n\r\n").await?;
+        }
+        Ok(())
+    }
+
+    async fn send_part(
+        &self,
+        stream: &mut (impl AsyncWrite + Unpin),
+        link: Option<&Link>,
+        sent: Bytes,
+    ) -> std::io::Result<()> {
         let usual = if link.is_some() { PIECE_OF_LINK } else { PIECE };
         for piece in sent.chunks(self.pace.map_or(usual, |(bytes, _)| bytes)) {
             if let Some(link) = link {
@@ -428,14 +517,7 @@ impl Answer {
                 tokio::time::sleep(wait).await;
             }
         }
-        stream.flush().await?;
-        if stalls {
-            std::future::pending::<()>().await;
-        }
-        if self.chunked && self.end.is_none() {
-            stream.write_all(b"0\r\n\r\n").await?;
-        }
-        Ok(())
+        stream.flush().await
     }
 }
 
@@ -493,13 +575,18 @@ fn content(page: &mut Page, request: &Received) -> Answer {
     Answer { status, headers, body, chunked: page.chunked, end, pace: page.pace }
 }
 
-/// Where this answer breaks off: at the first cut or stall that lies inside what it sends, which is then used up.
-fn ending(page: &mut Page, from: usize, to: usize) -> Option<(usize, bool)> {
-    let take = |points: &mut Vec<u64>, stalls| {
+/// Where this answer breaks off: at the first point of each kind that lies inside what it sends, which is then used up.
+fn ending(page: &mut Page, from: usize, to: usize) -> Option<(usize, End)> {
+    let take = |points: &mut Vec<u64>, end| {
         let at = points.iter().position(|at| (from as u64..to as u64).contains(at))?;
-        Some((points.remove(at) as usize - from, stalls))
+        Some((points.remove(at) as usize - from, end))
     };
-    take(&mut page.cuts, false).or_else(|| take(&mut page.stalls, true))
+    let held = page.gate.as_ref().filter(|(at, _)| (from as u64..to as u64).contains(at));
+    let held = held.map(|(at, gate)| (*at as usize - from, End::Hold(gate.clone())));
+    take(&mut page.cuts, End::Cut)
+        .or_else(|| take(&mut page.resets, End::Reset))
+        .or_else(|| take(&mut page.stalls, End::Stall))
+        .or(held)
 }
 
 /// `bytes=A-B` or `bytes=A-`: from, and the byte after the last.

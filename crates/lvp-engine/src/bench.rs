@@ -74,6 +74,7 @@ pub async fn to_device(wanted: ToDevice) -> Result<Populated> {
         declared: format,
         examined,
         target: &target,
+        known: None,
         options,
         progress: &progress,
     };

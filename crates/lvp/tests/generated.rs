@@ -1,5 +1,5 @@
 //! What is generated from the code and committed is as the code says: the OpenAPI document, the reference of errors, the
-//! reference of settings. `make schema` (UPDATE=1) writes them.
+//! reference of settings. `make schema` (UPDATE=1) writes them. And that the tests exist which the reference of faults names.
 
 use std::{fs, path::Path};
 
@@ -90,4 +90,37 @@ fn the_reference_of_settings_is_as_committed() {
                         value with where it came from. The first name in the environment is the one to use; further ones are\n\
                         understood for those who come from the reference daemon.";
     assert_committed(path, &with_table(path, introduction, &text));
+}
+
+/// All Rust sources of the workspace's crates, as one text.
+fn sources(folder: &Path) -> String {
+    let mut text = String::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            text += &sources(&path);
+        } else if path.extension().is_some_and(|ending| ending == "rs") {
+            text += &fs::read_to_string(path).unwrap();
+        }
+    }
+    text
+}
+
+#[test]
+fn every_test_that_the_reference_of_faults_names_exists() {
+    let crates = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let (document, sources) =
+        (fs::read_to_string(crates.join("../docs/reference/faults.md")).unwrap(), sources(&crates));
+    let rows = document.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| Fault "));
+    let mut named = 0;
+    for row in rows {
+        let last = row.trim_end_matches(['|', ' ']).rsplit('|').next().unwrap();
+        let tests: Vec<&str> = last.split('`').skip(1).step_by(2).collect();
+        assert!(!tests.is_empty(), "no test is named: {row}");
+        for test in &tests {
+            assert!(sources.contains(&format!("fn {test}(")), "there is no test {test}");
+        }
+        named += tests.len();
+    }
+    assert!(named > 20, "the table was not read");
 }

@@ -52,6 +52,15 @@ pub(super) async fn published(sources: &Sources, image: &ImageUrl, progress: &Pr
     }
 }
 
+/// The error for an image that came while its published checksum changed.
+pub(super) fn changed(image: &ImageUrl) -> Error {
+    Error::new(
+        ErrorCode::SourceChanged,
+        format!("the published checksum of {image} changed while the image was fetched"),
+    )
+    .hint("try again once the upload of the image and its checksum is complete")
+}
+
 /// Whether a refusal may mean that the file is not there. Without keys, and with any code of the source but this one, it
 /// is about keys or clock, and says so already.
 fn may_be_missing(denied: &Error) -> bool {

@@ -81,11 +81,14 @@ impl Chunks {
     /// Reads a file from its begin to its end and compares each chunk; `progress` counts, and `mark` follows.
     ///
     /// # Errors
-    /// `checksum_mismatch` when the file is not what it was; the stop of the job; `interrupted` when its reader has failed
+    /// `checksum_mismatch` when the file is not what it was, or gone; the stop of the job; `interrupted` when its reader has failed
     /// the mark; `input_output`.
     pub fn compare(&self, path: &Path, mark: &Watermark, progress: &Progress) -> Result<()> {
         let failed = |error| Error::io("reading", path, error);
-        let mut file = File::open(path).map_err(failed)?;
+        let mut file = match File::open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(gone(path)),
+            opened => opened.map_err(failed)?,
+        };
         let mut buffer = vec![0; READ.min(self.size.max(1))];
         let (mut hasher, mut filled, mut offset) = (blake3::Hasher::new(), 0, 0_u64);
         let mut expected = self.blake3.iter();
@@ -147,6 +150,12 @@ fn is_hole(file: &mut File, start: u64, end: u64) -> io::Result<bool> {
     };
     file.seek(io::SeekFrom::Start(start))?;
     Ok(data >= end)
+}
+
+fn gone(path: &Path) -> Error {
+    Error::new(ErrorCode::ChecksumMismatch, format!("the cached image {} was removed by someone else", path.display()))
+        .hint("it is fetched anew")
+        .retry(true)
 }
 
 fn damaged(path: &Path, offset: u64) -> Error {

@@ -143,7 +143,7 @@ impl Directory {
     }
 
     /// Removes a sidecar, if there is one.
-    fn forget(&self, name: &str) -> Result<()> {
+    pub fn forget(&self, name: &str) -> Result<()> {
         let path = self.sidecar(name);
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("removing", &path, error)),

@@ -6,7 +6,8 @@
 //! Entries are made only under the index's lock, so an image that is idle there stays idle until the lock is released.
 
 use std::{
-    fmt,
+    fmt, io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -14,6 +15,7 @@ use std::{
 use lvp_api::{Digest, Image};
 
 use super::{chunks::Chunks, sidecar::Sidecar};
+use crate::error::{Error, Result};
 
 /// What the index knows of one image.
 pub(super) struct Record {
@@ -53,6 +55,15 @@ impl Record {
     }
 }
 
+/// The state of a cached file: another one after somebody wrote to it, or put another file in its place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stamp {
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+}
+
 /// A cached image that is in use as long as this lives. Cheap to clone.
 #[derive(Clone)]
 pub struct Entry {
@@ -78,6 +89,33 @@ impl Entry {
     /// The file's size in bytes.
     pub fn size(&self) -> u64 {
         self.record.sidecar().size
+    }
+
+    /// The state of its file now; none when somebody removed it.
+    ///
+    /// # Errors
+    /// `input_output`.
+    pub fn stamp(&self) -> Result<Option<Stamp>> {
+        match self.path().symlink_metadata() {
+            Ok(found) => Ok(Some(Stamp {
+                device: found.dev(),
+                inode: found.ino(),
+                size: found.size(),
+                modified: (found.mtime(), found.mtime_nsec()),
+            })),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io("looking at", self.path(), error)),
+        }
+    }
+
+    /// Whether the file that was opened when it was in this state can have been read in no other one. A file that was
+    /// removed since is: who has it open reads it to its end.
+    ///
+    /// # Errors
+    /// `input_output`.
+    pub fn is_as(&self, then: Option<&Stamp>) -> Result<bool> {
+        let now = self.stamp()?;
+        Ok(now.is_none() || now.as_ref() == then)
     }
 
     /// The digests of its chunks.

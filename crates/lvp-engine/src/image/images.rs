@@ -264,6 +264,7 @@ impl Images {
         let (downloaded, reservation) = match self.download(resolved, &lead, along, progress).await {
             Ok(done) => done,
             Err(error) => {
+                let error = self.with_changed_checksum(error, resolved, progress).await;
                 lead.fail(&error);
                 return Err(error);
             }
@@ -295,6 +296,18 @@ impl Images {
             along_is_good,
             lead,
         })))
+    }
+
+    /// An image without its published checksum, where that is another one by now, came in the middle of an upload.
+    async fn with_changed_checksum(&self, error: Error, resolved: &Resolved, progress: &Progress) -> Error {
+        if error.code() != ErrorCode::ChecksumMismatch || resolved.wanted.checksum.is_some() {
+            return error;
+        }
+        let url = &resolved.wanted.url;
+        match checksum::published(&self.shared.sources, url, progress).await {
+            Ok(now) if now != resolved.expected => checksum::changed(url).source(error),
+            _ => error,
+        }
     }
 
     /// Notes the use of a cached image. That the note cannot be written is no reason to refuse the image.

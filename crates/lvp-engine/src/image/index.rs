@@ -9,6 +9,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -116,10 +117,27 @@ impl Index {
             if is_there(&record) {
                 return Some(Entry { record });
             }
-            tracing::warn!(image = record.name, "a cached image was removed or changed by someone else; forgetting it");
-            state.records.remove(&record.name);
+            self.forget(&mut state, &record);
         }
         None
+    }
+
+    /// Forgets an image whose file was removed or changed by someone else. The file, if there is one, is not lvp's from
+    /// then on.
+    fn forget(&self, state: &mut State, record: &Record) {
+        tracing::warn!(image = record.name, "a cached image was removed or changed by someone else; forgetting it");
+        state.records.remove(&record.name);
+        if let Err(error) = self.directory.forget(&record.name) {
+            tracing::warn!(image = record.name, error = %error.chain(), "what is remembered of it could not be removed");
+        }
+    }
+
+    /// Forgets all such images.
+    fn forget_lost(&self, state: &mut State) {
+        let lost: Vec<_> = state.records.values().filter(|record| !is_there(record)).cloned().collect();
+        for record in lost {
+            self.forget(state, &record);
+        }
     }
 
     /// The image of this name, or of the digest that begins so (`sha256:` may stand before it).
@@ -127,7 +145,8 @@ impl Index {
     /// # Errors
     /// `image_not_found`, also when several digests begin so.
     pub fn find(&self, text: &str) -> Result<Entry> {
-        let state = self.state();
+        let mut state = self.state();
+        self.forget_lost(&mut state);
         if let Some(record) = state.records.get(text) {
             return Ok(Entry { record: record.clone() });
         }
@@ -149,7 +168,9 @@ impl Index {
 
     /// All images, by name.
     pub fn list(&self) -> Vec<Image> {
-        self.state().records.values().map(|record| record.view(in_use(record))).collect()
+        let mut state = self.state();
+        self.forget_lost(&mut state);
+        state.records.values().map(|record| record.view(in_use(record))).collect()
     }
 
     /// What the cache holds.
@@ -165,8 +186,12 @@ impl Index {
         })
     }
 
-    /// Changes what is remembered about an image, on disk too.
+    /// Changes what is remembered about an image, on disk too; there only as long as it is in the cache.
     pub fn update(&self, entry: &Entry, change: impl FnOnce(&mut Sidecar)) -> Result<()> {
+        let listed = self.state().records.get(entry.name()).is_some_and(|record| Arc::ptr_eq(record, &entry.record));
+        if !listed {
+            return Ok(());
+        }
         let mut sidecar = entry.record.sidecar();
         change(&mut sidecar);
         self.directory.remember(entry.name(), &sidecar)
@@ -358,10 +383,13 @@ fn in_use(record: &Arc<Record>) -> bool {
     Arc::strong_count(record) > 1
 }
 
-/// Whether the file still lies where the cache put it.
+/// Whether the file still lies where the cache put it. One that cannot be looked at now is not lost.
 fn is_there(record: &Record) -> bool {
     let size = record.sidecar().size;
-    record.path.symlink_metadata().is_ok_and(|metadata| metadata.is_file() && metadata.len() == size)
+    match record.path.symlink_metadata() {
+        Ok(metadata) => metadata.is_file() && metadata.len() == size,
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    }
 }
 
 /// Space for one download, given back when dropped.

@@ -48,7 +48,7 @@ mod web;
 mod writer;
 
 pub use download::{Along, Growing};
-pub use entry::Entry;
+pub use entry::{Entry, Stamp};
 pub use images::{Fetch, ImageSettings, Images, Resolved, Unpublished, Wanted};
 pub use location::ImageUrl;
 pub use probe::probe_store;

@@ -11,17 +11,18 @@ use serde_json::Value;
 
 use super::{
     in_use::{find_settled, refuse_in_use},
+    known::{Known, gone, lost_tags},
     new_volume::Destination,
     order::{Order, VolumeOrder},
     plan::{self, Examined},
     services::Services,
     sharing::{self, BaseLock},
-    transfer::is_image_fault,
+    transfer::may_be_damage,
 };
 use crate::{
     error::{Error, Result},
     format::{Image, PopulateOptions, Populated},
-    image::{Entry, Fetch, Resolved},
+    image::{Entry, Fetch, Resolved, Stamp},
     job::Stored,
     limit::Limits,
     progress::Progress,
@@ -79,6 +80,13 @@ enum Claimed {
     Done(Box<Volume>),
 }
 
+/// An image that was found right, and the state of its file then.
+struct Verified {
+    entry: Entry,
+    image: Arc<Image>,
+    stamp: Option<Stamp>,
+}
+
 /// One job under way.
 pub struct Context {
     pub(super) services: Arc<Services>,
@@ -90,11 +98,13 @@ pub struct Context {
     /// What was known of the image before it was fetched.
     pub(super) examined: Option<Examined>,
     /// The image, once it is here and verified; of a job that overwrites.
-    image: Option<(Entry, Arc<Image>)>,
+    image: Option<Verified>,
     /// Bytes that came from the source.
     pub(super) fetched: u64,
     /// What is written.
     pub(super) destination: Option<Destination>,
+    /// The volume, once it is made or readied.
+    pub(super) known: Option<Known>,
     /// Held as long as this job looks for or makes the base of its image.
     pub(super) base_lock: Option<BaseLock>,
 }
@@ -117,6 +127,7 @@ impl Context {
             image: None,
             fetched: 0,
             destination: None,
+            known: None,
             base_lock: None,
         })
     }
@@ -147,7 +158,7 @@ impl Context {
             return Ok(());
         }
         self.examined = match plan::examine(self.resolved()?, &self.order, &self.progress).await {
-            Err(error) if is_image_fault(&error) && self.is_damaged_in_cache().await? => {
+            Err(error) if may_be_damage(&error) && self.is_damaged_in_cache().await? => {
                 self.ensure_image_resolved().await?;
                 plan::examine(self.resolved()?, &self.order, &self.progress).await?
             }
@@ -228,7 +239,7 @@ impl Context {
         if self.record.finished || self.record.claim == Some(Claim::Make) {
             return Ok(());
         }
-        let (entry, image) = match self.fetch().await? {
+        let verified = match self.fetch().await? {
             Some(fetched) => fetched,
             None => {
                 self.ensure_image_resolved().await?;
@@ -236,18 +247,21 @@ impl Context {
                 self.fetch().await?.ok_or_else(damaged_twice)?
             }
         };
-        self.note_image(&entry);
-        self.image = Some((entry, image));
+        self.note_image(&verified.entry);
+        self.image = Some(verified);
         Ok(())
     }
 
-    async fn fetch(&mut self) -> Result<Option<(Entry, Arc<Image>)>> {
+    async fn fetch(&mut self) -> Result<Option<Verified>> {
         match self.services.images.fetch(self.resolved()?, None, &self.progress).await? {
-            Fetch::Cached(entry) => Ok(if self.is_intact(&entry).await? {
-                Some((entry.clone(), self.open(entry.path()).await?))
-            } else {
-                None
-            }),
+            Fetch::Cached(entry) => {
+                let stamp = entry.stamp()?;
+                if !self.is_intact(&entry).await? {
+                    return Ok(None);
+                }
+                let image = self.open(entry.path()).await?;
+                Ok(Some(Verified { entry, image, stamp }))
+            }
             Fetch::New(unpublished) => {
                 let image = match self.open(unpublished.path()).await {
                     Ok(image) => image,
@@ -258,8 +272,22 @@ impl Context {
                 };
                 self.fetched = unpublished.fetched();
                 let entry = unpublished.publish(image.virtual_size()).await?;
-                Ok(Some((entry, image)))
+                let stamp = entry.stamp()?;
+                Ok(Some(Verified { entry, image, stamp }))
             }
+        }
+    }
+
+    /// Puts the verified image aside if somebody changed its file since it was found right; says whether that was so.
+    pub(super) async fn drop_changed_image(&mut self) -> Result<bool> {
+        match &self.image {
+            Some(Verified { entry, stamp, .. }) if !entry.is_as(stamp.as_ref())? => {
+                tracing::error!(job_id = %self.id, image = entry.name(), "a cached image was changed while it was read");
+                self.services.images.quarantine(entry).await?;
+                self.image = None;
+                Ok(true)
+            }
+            _ => Ok(false),
         }
     }
 
@@ -295,11 +323,16 @@ impl Context {
         let discarded = sharing::discard_base(&backend, self.id).await;
         self.base_lock = None;
         let (job, libvirt) = (self.id, self.services.libvirt.clone());
+        let (known, was_made) = (self.known.clone(), self.record.device_path.is_some());
         blocking(move || match find_settled(&*backend, &wanted.name)? {
+            // Somebody put it in place of this job's, whatever tags it has.
+            Some(volume) if known.is_some_and(|known| known.is_replaced_by(&volume)) => Ok(()),
             Some(volume) if volume.tags.job == Some(job) => {
                 refuse_in_use(&volume, libvirt.as_ref())?;
                 backend.remove(&wanted.name)
             }
+            Some(volume) if was_made => Err(lost_tags(&volume)),
+            // Somebody was quicker.
             Some(_) => Ok(()),
             // What was left of making it.
             None => backend.remove(&wanted.name),
@@ -390,13 +423,17 @@ impl Context {
     pub(super) fn image(&self) -> Result<Arc<Image>> {
         self.image
             .as_ref()
-            .map(|(_, image)| Arc::clone(image))
+            .map(|verified| Arc::clone(&verified.image))
             .ok_or_else(|| Error::internal("the image was not fetched"))
     }
 
     pub(super) fn options(&self) -> PopulateOptions {
         let zero = self.order.volume.as_ref().map_or(ZeroPolicy::Full, |volume| volume.zero);
         PopulateOptions { workers: self.services.workers, zero, io_priority: self.services.io_priority }
+    }
+
+    pub(super) fn known(&self) -> Result<Known> {
+        self.known.clone().ok_or_else(|| Error::internal("the volume was not looked at"))
     }
 
     pub(super) fn destination(&self) -> Result<&Destination> {
@@ -417,9 +454,5 @@ pub(super) fn damaged_twice() -> Error {
 }
 
 pub(super) fn find_existing(backend: &dyn VolumeBackend, wanted: &VolumeOrder) -> Result<Volume> {
-    find_settled(backend, &wanted.name)?.ok_or_else(|| {
-        Error::new(ErrorCode::VolumeNotFound, format!("volume {} was removed while the job ran", wanted.name))
-            .hint("submit the job again")
-            .retry(true)
-    })
+    find_settled(backend, &wanted.name)?.ok_or_else(|| gone(&wanted.name))
 }

@@ -16,6 +16,7 @@
 
 mod context;
 mod in_use;
+mod known;
 mod new_volume;
 mod order;
 mod plan;

@@ -13,8 +13,9 @@
 use lvp_api::DiskFormat;
 
 use super::{
-    context::{Context, damaged_twice, find_existing},
+    context::{Context, damaged_twice},
     in_use::{find_settled, refuse_in_use},
+    known::Known,
     plan, sharing,
     transfer::{Transfer, Transferred},
 };
@@ -87,11 +88,12 @@ impl Context {
         }
         let Some(base) = sharing::find_base(&backend, &digest).await? else { return Ok(None) };
         let volume = sharing::clone_base(&backend, &base, &wanted, self.id).await?;
+        self.know(&volume).await?;
         Ok(Some(Destination::Clone(base, Box::new(volume))))
     }
 
     /// Makes an unsealed base where the place has those and the image's size is known, else the volume.
-    async fn make_target(&self) -> Result<Destination> {
+    async fn make_target(&mut self) -> Result<Destination> {
         let (backend, wanted) = self.backend()?;
         let data = self.examined.as_ref().and_then(|examined| examined.data_bytes).unwrap_or(0);
         let (admitted, order) = (backend.clone(), wanted.clone());
@@ -99,6 +101,7 @@ impl Context {
         if let Some(size) = self.examined.as_ref().and_then(|examined| examined.header.virtual_size)
             && let Some(target) = sharing::begin_base(&backend, size, self.id).await?
         {
+            self.known = None;
             return Ok(Destination::Base(target));
         }
         let job = self.id;
@@ -106,12 +109,22 @@ impl Context {
             let volume = backend.create(&NewVolume { name: &wanted.name, size: wanted.size, job })?;
             fault::point("volume.created")?;
             let target = backend.target(&volume, true)?;
-            match wanted.format {
-                DiskFormat::Raw => Ok(target),
-                DiskFormat::Qcow2 => format::begin_qcow2(&target),
-            }
+            let target = match wanted.format {
+                DiskFormat::Raw => target,
+                DiskFormat::Qcow2 => format::begin_qcow2(&target)?,
+            };
+            Ok((target, Known::new(&volume, Some(job))?))
         });
-        made.await.map(Destination::Volume)
+        let (target, known) = made.await?;
+        self.known = Some(known);
+        Ok(Destination::Volume(target))
+    }
+
+    /// Notes what the volume that this job just made is known by.
+    async fn know(&mut self, volume: &Volume) -> Result<()> {
+        let (volume, job) = (volume.clone(), self.id);
+        self.known = Some(blocking(move || Known::new(&volume, Some(job))).await?);
+        Ok(())
     }
 
     /// Fetches or verifies the image and writes it, in one pass; a second time where the first was in vain.
@@ -153,6 +166,7 @@ impl Context {
             declared: self.order.image_type,
             examined: self.examined.clone(),
             target: self.destination()?.target()?,
+            known: self.known.as_ref(),
             options: self.options(),
             progress: &self.progress,
         };
@@ -169,8 +183,9 @@ impl Context {
             Destination::Volume(target) => Some(target.clone()),
             _ => None,
         };
-        let digest = self.record.image_digest.clone();
+        let (digest, known) = (self.record.image_digest.clone(), self.known()?);
         blocking(move || {
+            known.check()?;
             if let Some(target) = &target {
                 format::sync(target)?;
                 fault::point("volume.synced")?;
@@ -178,7 +193,7 @@ impl Context {
                     format::end_qcow2(target)?;
                 }
             }
-            let volume = find_existing(&*backend, &wanted)?;
+            let volume = known.find(&*backend, &wanted)?;
             backend.set_tags(&volume, &Tags { image: digest, incomplete: false, ..volume.tags.clone() })?;
             Ok(volume)
         })
@@ -198,6 +213,7 @@ impl Context {
         let base = sharing::seal_base(&backend, self.id, &digest, &populated.content).await?;
         fault::point("base.sealed")?;
         let volume = sharing::clone_base(&backend, &base, &wanted, self.id).await?;
+        self.know(&volume).await?;
         self.record.device_path = Some(volume.path.display().to_string());
         Ok(())
     }

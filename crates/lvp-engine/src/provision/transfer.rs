@@ -16,7 +16,7 @@ use futures::future::{Either, select};
 use lvp_api::{ErrorCode, ImageFormat};
 use tokio::sync::oneshot;
 
-use super::plan::Examined;
+use super::{known::Known, plan::Examined};
 use crate::{
     error::{Error, Result},
     format::{self, Bytes, GrowingBytes, Image, PopulateOptions, Populated},
@@ -39,6 +39,8 @@ pub struct Transfer<'a> {
     pub examined: Option<Examined>,
     /// The new volume.
     pub target: &'a BlockTarget,
+    /// The same; none where a base is written, whose name nobody knows.
+    pub known: Option<&'a Known>,
     /// How to copy.
     pub options: PopulateOptions,
     /// The job's.
@@ -82,6 +84,7 @@ impl Transfer<'_> {
     async fn copy_cached(&self, entry: Entry, fetched: u64) -> Result<Transferred> {
         let mark = Arc::<Watermark>::default();
         let beside = self.progress.beside();
+        let stamp = entry.stamp()?;
         let walk = async {
             let walked = self.images.compare(&entry, mark.clone(), self.progress).await;
             self.progress.show(&beside);
@@ -95,13 +98,17 @@ impl Transfer<'_> {
             }
             copied
         };
-        match futures::join!(walk, copy) {
+        let (walked, copied) = futures::join!(walk, copy);
+        let is_damaged = walked.as_ref().is_err_and(|error| error.code() == ErrorCode::ChecksumMismatch);
+        // What was found right may have been written over before it was copied.
+        if is_damaged || !entry.is_as(stamp.as_ref())? {
+            let error = walked.err().map(|error| error.chain());
+            tracing::error!(image = entry.name(), error, "a cached image is damaged and fetched anew");
+            self.images.quarantine(&entry).await?;
+            return Ok(Transferred::Again { damaged: true });
+        }
+        match (walked, copied) {
             (Ok(()), Ok(populated)) => Ok(Transferred::Done { entry, fetched, populated }),
-            (Err(error), _) if error.code() == ErrorCode::ChecksumMismatch => {
-                tracing::error!(error = %error.chain(), "a cached image is damaged and fetched anew");
-                self.images.quarantine(&entry).await?;
-                Ok(Transferred::Again { damaged: true })
-            }
             (Err(error), Err(copied)) if error.code() == ErrorCode::Interrupted => Err(copied),
             (Err(error), _) | (_, Err(error)) => Err(error),
         }
@@ -198,7 +205,7 @@ impl Transfer<'_> {
 
     async fn copy(&self, bytes: GrowingBytes, beside: &Progress) -> Result<Populated> {
         let (examined, declared, options) = (self.examined.clone(), self.declared, self.options);
-        let (target, progress) = (self.target.clone(), beside.clone());
+        let (target, known, progress) = (self.target.clone(), self.known.cloned(), beside.clone());
         blocking(move || {
             let bytes: Arc<dyn Bytes> = Arc::new(bytes);
             let examined = match examined {
@@ -206,7 +213,11 @@ impl Transfer<'_> {
                 None => Examined { header: format::inspect(&*bytes, declared)?, data_bytes: None },
             };
             let image = Image::unproven(bytes, examined.header, examined.data_bytes);
-            format::populate(&image, &target, &options, &progress)
+            // Before, so that nobody else's file is written; after, so that nobody waits in vain.
+            known.as_ref().map_or(Ok(()), Known::check)?;
+            let populated = format::populate(&image, &target, &options, &progress)?;
+            known.as_ref().map_or(Ok(()), Known::check)?;
+            Ok(populated)
         })
         .await
     }
@@ -219,7 +230,12 @@ fn is_for_the_verdict(error: &Error) -> bool {
         || matches!(error.code(), ErrorCode::Interrupted | ErrorCode::Cancelled | ErrorCode::ShuttingDown)
 }
 
+/// Whether an error of reading a cached image may come of what somebody did to its file.
+pub fn may_be_damage(error: &Error) -> bool {
+    is_image_fault(error) || error.code() == ErrorCode::InputOutput
+}
+
 /// Whether an error is about what is in an image, so that it may be one of its damage.
-pub fn is_image_fault(error: &Error) -> bool {
+fn is_image_fault(error: &Error) -> bool {
     matches!(error.code(), ErrorCode::ImageInvalid | ErrorCode::ImageRefused | ErrorCode::ImageTypeMismatch)
 }

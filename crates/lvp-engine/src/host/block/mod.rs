@@ -4,12 +4,14 @@
 //! It leaves out making and removing them, which is the volume backends' part, and what is written.
 
 mod buffer;
+mod identity;
 mod target;
 mod users;
 
 use std::path::PathBuf;
 
 pub use buffer::AlignedBuffer;
+pub use identity::FileIdentity;
 pub use target::{BLOCK, OpenTarget};
 pub use users::users_of;
 

@@ -325,7 +325,12 @@ impl VolumeBackend for Directory {
         let failed = |error| Error::io("tagging", &volume.path, error);
         let flags = OFlags::NOFOLLOW.bits().cast_signed();
         let file = OpenOptions::new().write(true).custom_flags(flags).open(&volume.path).map_err(failed)?;
-        let size = read_record::<Record>(&volume.path)?.and_then(|record| record.size);
+        let before = read_record::<Record>(&volume.path)?;
+        if before.is_none() && *tags == Tags::default() {
+            // A file of somebody else says nothing already.
+            return Ok(());
+        }
+        let size = before.and_then(|record| record.size);
         let Tags { made_by_lvp, job, image, incomplete } = tags.clone();
         let record = Record { job, image, size, adopted: made_by_lvp && job.is_none(), incomplete };
         match write_record(&file, &record).and_then(|()| rustix::fs::fsync(&file)) {
