@@ -26,8 +26,9 @@ use crate::{
     job::{Execution, Filter, NewJob, Runner, Store},
     limit::Limits,
     progress::{Progress, Stop},
-    provision::{self, Context, Order, Services},
+    provision::{self, Context, Keeping, Order, Services},
     settings::{Caller, EngineSettings, LIBVIRT_URI, LibvirtSetting, POOL},
+    space::{Ledger, Place},
     task::blocking,
     volume::{Target, Targets},
 };
@@ -73,11 +74,14 @@ impl Engine {
         let store = Store::open(&settings.database.clone().unwrap_or_else(|| state.join("jobs.db")))?;
         let (libvirt, libvirt_required) = libvirt(&settings);
         let (directory, pool) = cache_directory(&settings, libvirt.clone()).await;
+        let ledger = Ledger::default();
+        ledger.keep(&Place::of(&state)?, provision::STATE_KEPT);
         let images = Images::open(ImageSettings {
             directory,
             max_bytes: settings.cache_max_bytes,
             pool,
             source: settings.sources.clone(),
+            ledger: ledger.clone(),
         })
         .await?;
         let services = Arc::new(Services {
@@ -89,6 +93,8 @@ impl Engine {
             workers: settings.workers,
             limits: Limits::new(settings.download_limit, settings.write_limit),
             io_priority: settings.io_priority,
+            ledger,
+            keeping: Keeping { thin_floor: settings.thin_floor, state },
         });
         let for_jobs = Arc::clone(&services);
         let execution = Execution {
@@ -125,6 +131,7 @@ impl Engine {
     /// What a provision would do.
     pub async fn plan(&self, request: &ProvisionRequest, caller: Caller) -> Result<Plan> {
         let order = self.order(request, caller)?;
+        self.refuse_full_state().await?;
         provision::plan(&self.inner.services, &order).await
     }
 
@@ -150,9 +157,15 @@ impl Engine {
             // The cache itself sees to it that an image is fetched once.
             None => format!("image:{}", uuid::Uuid::new_v4()),
         };
+        self.refuse_full_state().await?;
         let new = NewJob { kind, request: order.to_stored(), exclusive, idempotency_key };
         let (job_id, _) = self.inner.runner.submit(new).await?;
         Ok(Submitted { job_id })
+    }
+
+    async fn refuse_full_state(&self) -> Result<()> {
+        let services = Arc::clone(&self.inner.services);
+        blocking(move || services.keeping.refuse_full_state()).await
     }
 
     /// A job.

@@ -70,6 +70,8 @@ pub struct EngineSettings {
     pub io_priority: IoPriority,
     /// Ended jobs that are remembered.
     pub job_history: u32,
+    /// What is kept free of a thin pool's data, in percent, at most 100.
+    pub thin_floor: u8,
     /// What to do with jobs that an earlier process left.
     pub recovery: Recovery,
 }

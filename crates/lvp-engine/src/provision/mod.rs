@@ -14,6 +14,7 @@
 //! if its claim says that there was none before. A volume that was there before is overwritten only after the image is
 //! verified, and never removed.
 
+mod admission;
 mod context;
 mod in_use;
 mod new_volume;
@@ -33,7 +34,7 @@ pub use self::{
     in_use::{find_settled, refuse_in_use, users},
     order::Order,
     plan::plan,
-    services::Services,
+    services::{Keeping, STATE_KEPT, Services},
     sharing::{BaseLocks, all_bases, delete_image, report_abandoned},
     verification::{valid_receipt, verify_volume},
     view::{view_job, view_volume},

@@ -142,6 +142,7 @@ fn settings(root: &Path, endpoint: &str) -> EngineSettings {
         write_limit: None,
         io_priority: IoPriority::default(),
         job_history: 1000,
+        thin_floor: 5,
         recovery: Recovery::Resume,
     }
 }

@@ -247,6 +247,13 @@ impl Config {
         }
     }
 
+    fn percent(&self, key: &str) -> Result<u8> {
+        match self.number(key)?.unwrap_or_default() {
+            percent @ 0..=100 => Ok(percent),
+            _ => Err(self.invalid(key, "is not a number of percent from 0 to 100")),
+        }
+    }
+
     fn io_priority(&self) -> Result<IoPriority> {
         let text = self.text("io_priority").unwrap_or_default();
         let found = IoPriority::ALL.into_iter().find(|priority| priority.name() == text);
@@ -346,6 +353,7 @@ impl Config {
             write_limit: self.rate("write_limit")?,
             io_priority: self.io_priority()?,
             job_history: self.number("job_history")?.unwrap_or(1000),
+            thin_floor: self.percent("thin_floor")?,
             recovery,
         })
     }

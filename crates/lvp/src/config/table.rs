@@ -112,6 +112,12 @@ pub const SETTINGS: &[Setting] = &[
         Some("normal"),
         "I/O priority of what copies to volumes: normal, low, or idle; heeded by the I/O schedulers bfq and mq-deadline",
     ),
+    setting(
+        "thin_floor",
+        &["LVP_THIN_FLOOR"],
+        Some("5"),
+        "Percent of a thin pool's data that jobs leave free for the volumes in it",
+    ),
     setting("job_history", &["LVP_JOB_HISTORY"], Some("1000"), "Ended jobs that are remembered"),
     setting("log_level", &["LOG_LEVEL"], None, "error, warn, info, debug, trace, or filter directives")
         .flag("log-level"),
