@@ -132,7 +132,17 @@ impl Engine {
     pub async fn plan(&self, request: &ProvisionRequest, caller: Caller) -> Result<Plan> {
         let order = self.order(request, caller)?;
         self.refuse_full_state().await?;
-        provision::plan(&self.inner.services, &order).await
+        let receipts = self.receipts_beside(&order).await?;
+        provision::plan(&self.inner.services, &order, &receipts).await
+    }
+
+    /// What was done last in the place of an order.
+    async fn receipts_beside(&self, order: &Order) -> Result<Vec<Receipt>> {
+        let Some(volume) = &order.volume else { return Ok(Vec::new()) };
+        let key = self.target(Some(&volume.target), Caller::Administrator)?.exclusive_key(&volume.name);
+        let place = key.strip_suffix(volume.name.as_str()).unwrap_or(&key).to_owned();
+        let stored = self.inner.store.newest_receipts(place, provision::RECEIPTS).await?;
+        Ok(stored.into_iter().filter_map(|receipt| serde_json::from_value(receipt).ok()).collect())
     }
 
     /// Has an image fetched into the cache.

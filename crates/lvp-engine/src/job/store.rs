@@ -308,6 +308,16 @@ impl Store {
         Ok(found.await?.and_then(|text| serde_json::from_str(&text).ok()))
     }
 
+    /// The receipts of those exclusive keys that begin so, the newest first, this many at most.
+    pub async fn newest_receipts(&self, beginning: String, limit: u32) -> Result<Vec<Value>> {
+        let found = self.transact(move |t| {
+            let sql = "SELECT receipt FROM receipts WHERE substr(exclusive, 1, length(?1)) = ?1 ORDER BY job_id DESC LIMIT ?2";
+            t.prepare_cached(sql)?.query_map(params![beginning, limit], |row| row.get::<_, String>(0))?.collect()
+        });
+        let texts: Vec<String> = found.await?;
+        Ok(texts.iter().filter_map(|text| serde_json::from_str(text).ok()).collect())
+    }
+
     /// A job ends. When it completed and its record has a `receipt`, that is kept for longer than the job.
     pub async fn finish(
         &self,
@@ -474,6 +484,19 @@ mod tests {
         let states = states(&store, id).await;
         assert_eq!(states, ["done", "started"]);
         assert_eq!(store.unfinished().await.unwrap().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn the_newest_receipts_of_a_place_come_first() {
+        let (_directory, store) = store().await;
+        for (number, volume) in ["lvm:vg0/a", "lvm:vg1/b", "lvm:vg0/c", "lvm:vg0/a"].into_iter().enumerate() {
+            let (id, _) = store.insert(new(volume, None)).await.unwrap();
+            let record = json!({ "receipt": { "number": number } });
+            store.finish(id, JobStatus::Completed, Progress::queued(), None, record).await.unwrap();
+        }
+        let newest = |limit| store.newest_receipts("lvm:vg0/".to_owned(), limit);
+        assert_eq!(newest(9).await.unwrap(), [json!({ "number": 3 }), json!({ "number": 2 })]);
+        assert_eq!(newest(1).await.unwrap(), [json!({ "number": 3 })]);
     }
 
     #[tokio::test]

@@ -16,6 +16,8 @@
 
 mod admission;
 mod context;
+mod dry_run;
+mod estimate;
 mod in_use;
 mod new_volume;
 mod order;
@@ -31,9 +33,10 @@ use lvp_api::JobKind;
 
 pub use self::{
     context::Context,
+    dry_run::plan,
+    estimate::RECEIPTS,
     in_use::{find_settled, refuse_in_use, users},
     order::Order,
-    plan::plan,
     services::{Keeping, STATE_KEPT, Services},
     sharing::{BaseLocks, all_bases, delete_image, report_abandoned},
     verification::{valid_receipt, verify_volume},

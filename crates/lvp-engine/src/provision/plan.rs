@@ -1,13 +1,11 @@
-//! What a provision would do, found out without changing anything: the questions that the steps ask, and the dry run
-//! that asks them all.
+//! What a provision would do, found out without changing anything: the questions that the steps ask. The dry run
+//! (`dry_run`) asks them all.
 
 use std::sync::Arc;
 
-use lvp_api::{ByteSize, Digest, ErrorCode, Plan, VolumeAction};
+use lvp_api::{ByteSize, Digest, ErrorCode};
 
 use super::{
-    admission,
-    in_use::refuse_in_use,
     order::{Order, VolumeOrder},
     services::Services,
     sharing,
@@ -141,77 +139,6 @@ pub fn compatible(volume: &Volume, wanted: &VolumeOrder, image: Option<u64>) -> 
         return Err(error.detail("image_bytes", image));
     }
     Ok(())
-}
-
-/// The dry run: every question, nothing changed.
-pub async fn plan(services: &Arc<Services>, order: &Order) -> Result<Plan> {
-    let volume = order.volume.clone().ok_or_else(|| Error::internal("a plan is for a volume"))?;
-    let progress = Progress::default();
-    let resolved = resolve(services, order, &progress).await?;
-    let backend = services.targets.target(&volume.settings()?)?.backend;
-    let base = match known_digest(&resolved) {
-        Some(digest) => sharing::find_base(&backend, &digest).await?,
-        None => None,
-    };
-    let examined = match &base {
-        Some(_) if resolved.cached().is_none() => None,
-        _ => examine(&resolved, order, &progress).await?,
-    };
-    let is_cloned = base.is_some();
-    let (wanted, image, all) = (volume.clone(), examined.clone(), Arc::clone(services));
-    let (action, size, free, label, admitted) = blocking(move || {
-        let free = backend.space()?.free;
-        let found = backend.find(&wanted.name)?;
-        let least = image.as_ref().map(|examined| examined.header.least_size);
-        let (action, size, admitted) = match &found {
-            Some(existing) => {
-                compatible(existing, &wanted, least)?;
-                refuse_in_use(existing, all.libvirt.as_ref())?;
-                let admitted = admission::admit_existing(&all, &*backend, existing, &wanted, image.as_ref())?;
-                (VolumeAction::Reuse, existing.size, admitted)
-            }
-            None => {
-                least.map_or(Ok(()), |size| fits(size, &wanted))?;
-                let admitted = if is_cloned {
-                    admission::refuse_full(&all, &*backend, &wanted)?;
-                    None
-                } else {
-                    Some(admission::admit_new(&all, &*backend, &wanted, image.as_ref())?)
-                };
-                let size = wanted.size.checked_next_multiple_of(backend.capabilities()?.granularity);
-                let action = match (is_cloned, wanted.linked) {
-                    (false, _) => VolumeAction::Create,
-                    (true, false) => VolumeAction::Clone,
-                    (true, true) => VolumeAction::Link,
-                };
-                (action, size.unwrap_or(wanted.size), admitted)
-            }
-        };
-        Ok((action, size, free, backend.label(), admitted))
-    })
-    .await?;
-    let fetched = match action {
-        VolumeAction::Create | VolumeAction::Reuse if resolved.cached().is_none() => resolved.size(),
-        _ => None,
-    };
-    // While the volume's space is promised: the cache may be on the same file system.
-    if let Some(bytes) = fetched {
-        services.images.refuse_full(bytes).await?;
-    }
-    drop(admitted);
-    Ok(Plan {
-        image_url: order.image_shown.clone(),
-        image_type: order.image_type,
-        image_digest: resolved.expected().cloned(),
-        cache_hit: resolved.cached().is_some(),
-        bytes_to_fetch: fetched.unwrap_or(0),
-        virtual_size_bytes: examined.and_then(|examined| examined.header.virtual_size),
-        volume: volume.name,
-        target: label,
-        volume_action: action,
-        volume_size_bytes: size,
-        target_free_bytes: free,
-    })
 }
 
 #[cfg(test)]

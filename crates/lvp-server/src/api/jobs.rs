@@ -66,7 +66,7 @@ struct ProvisionQuery {
     summary = "Provision a volume",
     params(ProvisionQuery, ("Idempotency-Key" = Option<String>, Header, description = "The same key and body give the same job")),
     request_body = ProvisionRequest,
-    responses((status = 202, body = Submitted), (status = 200, description = "The plan of a dry run", body = Plan), (status = "4XX", body = ErrorBody)),
+    responses((status = 202, body = Submitted), (status = 200, description = "The plan of a dry run; what would be refused has no plan, but the error that the job would fail with", body = Plan), (status = "4XX", body = ErrorBody)),
 )]
 async fn provision(
     State(engine): State<Engine>,
@@ -83,7 +83,7 @@ async fn provision(
     summary = "Provision a volume",
     params(ProvisionQuery, ("Idempotency-Key" = Option<String>, Header, description = "The same key and body give the same job")),
     request_body = ProvisionRequest,
-    responses((status = 202, body = Submitted), (status = 200, description = "The plan of a dry run", body = Plan), (status = "4XX", body = ErrorBody)),
+    responses((status = 202, body = Submitted), (status = 200, description = "The plan of a dry run; what would be refused has no plan, but the error that the job would fail with", body = Plan), (status = "4XX", body = ErrorBody)),
 )]
 async fn submit(
     State(engine): State<Engine>,
