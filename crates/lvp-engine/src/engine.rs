@@ -71,11 +71,13 @@ impl Engine {
             Error::io("creating", &state, error).hint("set LVP_STATE_DIR to a directory that this user may write to")
         })?;
         let lock = Lock::acquire(&state.join("lock"), &format!("the state directory {}", state.display()))?;
-        let store = Store::open(&settings.database.clone().unwrap_or_else(|| state.join("jobs.db")))?;
+        let database = settings.database.clone().unwrap_or_else(|| state.join("jobs.db"));
+        let recorded_in = database.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let store = Store::open(&database)?.bounded(settings.max_queued_jobs);
         let (libvirt, libvirt_required) = libvirt(&settings);
         let (directory, pool) = cache_directory(&settings, libvirt.clone()).await;
         let ledger = Ledger::default();
-        ledger.keep(&Place::of(&state)?, provision::STATE_KEPT);
+        ledger.keep(&Place::of(recorded_in)?, provision::STATE_KEPT);
         let images = Images::open(ImageSettings {
             directory,
             max_bytes: settings.cache_max_bytes,
@@ -94,7 +96,7 @@ impl Engine {
             limits: Limits::new(settings.download_limit, settings.write_limit),
             io_priority: settings.io_priority,
             ledger,
-            keeping: Keeping { thin_floor: settings.thin_floor, state },
+            keeping: Keeping { thin_floor: settings.thin_floor, database: recorded_in.to_owned() },
         });
         let for_jobs = Arc::clone(&services);
         let execution = Execution {
@@ -131,7 +133,7 @@ impl Engine {
     /// What a provision would do.
     pub async fn plan(&self, request: &ProvisionRequest, caller: Caller) -> Result<Plan> {
         let order = self.order(request, caller)?;
-        self.refuse_full_state().await?;
+        self.refuse_unrecordable().await?;
         let receipts = self.receipts_beside(&order).await?;
         provision::plan(&self.inner.services, &order, &receipts).await
     }
@@ -167,15 +169,15 @@ impl Engine {
             // The cache itself sees to it that an image is fetched once.
             None => format!("image:{}", uuid::Uuid::new_v4()),
         };
-        self.refuse_full_state().await?;
+        self.refuse_unrecordable().await?;
         let new = NewJob { kind, request: order.to_stored(), exclusive, idempotency_key };
         let (job_id, _) = self.inner.runner.submit(new).await?;
         Ok(Submitted { job_id })
     }
 
-    async fn refuse_full_state(&self) -> Result<()> {
+    async fn refuse_unrecordable(&self) -> Result<()> {
         let services = Arc::clone(&self.inner.services);
-        blocking(move || services.keeping.refuse_full_state()).await
+        blocking(move || services.keeping.refuse_unrecordable()).await
     }
 
     /// A job.

@@ -60,6 +60,8 @@ pub struct EngineSettings {
     pub libvirt: LibvirtSetting,
     /// Jobs that run at once.
     pub max_concurrent_jobs: usize,
+    /// Jobs that wait for their turn at most.
+    pub max_queued_jobs: u32,
     /// Threads that decode and write, for one job.
     pub workers: usize,
     /// Bytes a second that all jobs together may fetch over the network, at least [`LEAST_RATE`]; `None`: no limit.

@@ -269,12 +269,15 @@ impl<C: Send + 'static> Inner<C> {
     }
 
     async fn next(&self) -> Result<Option<Entry>> {
-        let unfinished = self.store.unfinished().await?;
+        if self.live().len() >= self.limit {
+            return Ok(None);
+        }
+        let waiting = self.store.pending().await?;
         let live = self.live();
-        let pending: Vec<Entry> = unfinished
+        let pending: Vec<Entry> = waiting
             .into_iter()
-            .filter(|stored| stored.status == JobStatus::Pending && !live.contains_key(&stored.id))
-            .map(|stored| Entry { id: stored.id, exclusive: stored.exclusive })
+            .filter(|(id, _)| !live.contains_key(id))
+            .map(|(id, exclusive)| Entry { id, exclusive })
             .collect();
         let running: Vec<Entry> = live.values().map(|live| live.entry.clone()).collect();
         Ok(queue::next(&pending, &running, self.limit).cloned())

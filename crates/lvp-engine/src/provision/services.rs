@@ -47,8 +47,8 @@ pub struct Services {
 pub struct Keeping {
     /// Of a thin pool's data, in percent.
     pub thin_floor: u8,
-    /// The state directory, on whose file system [`STATE_KEPT`] is kept free for the database.
-    pub state: PathBuf,
+    /// The database's directory, on whose file system [`STATE_KEPT`] is kept free for it.
+    pub database: PathBuf,
 }
 
 impl Keeping {
@@ -56,8 +56,8 @@ impl Keeping {
     ///
     /// # Errors
     /// `insufficient_space`; `input_output`.
-    pub fn refuse_full_state(&self) -> Result<()> {
-        let path = &self.state;
+    pub fn refuse_unrecordable(&self) -> Result<()> {
+        let path = &self.database;
         let facts = statvfs(path).map_err(|error| Error::io("asking for the space of", path, error.into()))?;
         let free = facts.f_bavail.saturating_mul(facts.f_frsize);
         if free >= STATE_KEPT {
@@ -67,11 +67,11 @@ impl Keeping {
         Err(Error::new(
             ErrorCode::InsufficientSpace,
             format!(
-                "the state directory {} has {shown} free; jobs are taken from {kept} on, so that they can be recorded",
+                "the directory of the job database, {}, has {shown} free; jobs are taken from {kept} on, so that they can be recorded",
                 path.display()
             ),
         )
-        .hint("free space on its file system, or move it with LVP_STATE_DIR; volumes and running jobs are not affected")
+        .hint("free space on its file system, or move it with LVP_STATE_DIR or DB_PATH; volumes and running jobs are not affected")
         .detail("free_bytes", free)
         .detail("kept_bytes", STATE_KEPT))
     }

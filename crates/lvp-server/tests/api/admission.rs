@@ -191,7 +191,7 @@ async fn no_job_is_taken_that_could_not_be_recorded() {
         let answer = bed.tcp().post(path, &bed.order("good.qcow2", "web-2")).await;
         assert_eq!(answer.status, 507);
         let refusal = answer.refusal("insufficient_space");
-        let named = format!("state directory {}", mounted.path.join("state").display());
+        let named = mounted.path.join("state").display().to_string();
         assert!(refusal["message"].as_str().unwrap().contains(&named), "{refusal:#}");
         assert_eq!(refusal["retryable"], true);
     }

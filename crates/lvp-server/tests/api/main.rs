@@ -6,6 +6,7 @@ mod bad_images;
 mod bad_requests;
 mod bases;
 mod bed;
+mod bounds;
 mod cancel;
 mod compressed;
 mod defects;
