@@ -519,11 +519,8 @@ mod tests {
         let (_directory, store) = store().await;
         let store = store.bounded(3);
         let (first, _) = store.insert(new("v-0", Some("k"))).await.unwrap();
-        let submits = (1..20).map(|number| {
-            let store = store.clone();
-            async move { store.insert(new(&format!("v-{number}"), None)).await }
-        });
-        let answers = futures::future::join_all(submits).await;
+        let names: Vec<String> = (1..20).map(|number| format!("v-{number}")).collect();
+        let answers = futures::future::join_all(names.iter().map(|name| store.insert(new(name, None)))).await;
         let refused: Vec<Error> = answers.into_iter().filter_map(Result::err).collect();
         assert_eq!(refused.len(), 17);
         assert!(refused.iter().all(|error| error.code() == ErrorCode::QueueFull && error.retryable()));
