@@ -146,7 +146,9 @@ async fn a_job_that_fails_is_cancelled_or_runs_again_leaves_no_promise() {
     let resumed = bed.submit(&order(&web, "/x.raw", "web-1")).await;
     bed.job_when(&resumed, |_| written(&volume("web-1")) > 0).await;
     bed.restart().await;
-    bed.job_when(&resumed, |job| !is_ended(job) && written(&volume("web-1")) > 0).await;
+    // It asks for the image's bytes again, so it was promised its space again.
+    let before = asked_for(&web, "/x.raw");
+    bed.job_when(&resumed, |job| !is_ended(job) && asked_for(&web, "/x.raw") > before + MIB).await;
     web.serve("/y.raw", Page::new(content(2)));
     bed.fail(&order(&web, "/y.raw", "web-2"), "insufficient_space").await;
     web.serve("/x.raw", Page::new(content(1)));
