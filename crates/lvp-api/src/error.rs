@@ -126,10 +126,14 @@ error_codes! {
     JobFinished = "job_finished", 409, CONFLICT, false;
     /// A file that lvp did not make stands where a cache entry or volume would go.
     FileInTheWay = "file_in_the_way", 409, CONFLICT, false;
+    /// The request's body did not come in time.
+    RequestTimeout = "request_timeout", 408, UNAVAILABLE, true;
     /// The request's body is larger than the limit.
     BodyTooLarge = "body_too_large", 413, USAGE, false;
     /// The body's content type is not JSON.
     UnsupportedMediaType = "unsupported_media_type", 415, USAGE, false;
+    /// So many jobs wait already that no more are taken.
+    QueueFull = "queue_full", 429, UNAVAILABLE, true;
     /// The image's virtual size is larger than the volume.
     ImageTooLarge = "image_too_large", 422, IMAGE, false;
     /// The declared image type contradicts the header.
@@ -164,6 +168,8 @@ error_codes! {
     DatabaseUnavailable = "database_unavailable", 503, UNAVAILABLE, true;
     /// Another lvp process owns the state or cache directory.
     StateLocked = "state_locked", 503, UNAVAILABLE, true;
+    /// So many clients follow jobs already that no more are let in.
+    TooManyFollowers = "too_many_followers", 503, UNAVAILABLE, true;
     /// The daemon is stopping.
     ShuttingDown = "shutting_down", 503, UNAVAILABLE, true;
     /// No daemon answers at the given address.
@@ -212,6 +218,9 @@ impl ErrorCode {
             Self::SourceFailed | Self::SourceChanged => "try again; if it stays so, look at the source's own log",
             Self::SourceUnreachable => "check the name and the port, and that this machine may connect there",
             Self::InputOutput | Self::CommandFailed => "see the log of the daemon and of the kernel",
+            Self::QueueFull => "try again when jobs have ended, or raise LVP_MAX_QUEUED_JOBS",
+            Self::RequestTimeout => "send the body together with the head of the request",
+            Self::TooManyFollowers => "ask for the job's status instead, or try again when others have gone",
             Self::ShuttingDown => "try again when the daemon has started",
             _ => return None,
         })

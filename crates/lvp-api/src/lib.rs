@@ -27,7 +27,7 @@ pub use health::{Check, Health, HealthStatus};
 pub use image::{BaseVolume, Image, ImageFormat, ImageVerification, PinRequest, PrefetchRequest};
 pub use job::{Job, JobId, JobKind, JobList, JobStatus, Progress, Stage, Submitted};
 pub use name::VolumeName;
-pub use plan::{Plan, VolumeAction};
+pub use plan::{Created, CreatedKind, Plan, VolumeAction};
 pub use receipt::{Receipt, StageTime, VolumeVerification};
 pub use request::ProvisionRequest;
 pub use size::{ByteSize, GIB, MIB};

@@ -14,7 +14,8 @@ use crate::{
     image::{ImageSettings, Images, SourceSettings},
     limit::Limits,
     progress::Progress,
-    provision::{self, Order, Services, Transfer, Transferred},
+    provision::{self, Keeping, Order, Services, Transfer, Transferred},
+    space::Ledger,
     volume::{LockRetry, Targets},
 };
 
@@ -42,8 +43,14 @@ pub struct ToDevice {
 /// As a job.
 pub async fn to_device(wanted: ToDevice) -> Result<Populated> {
     let ToDevice { url, format, checksum, cache, sources, target, options } = wanted;
-    let images =
-        Images::open(ImageSettings { directory: cache, max_bytes: None, pool: None, source: sources.clone() }).await?;
+    let images = Images::open(ImageSettings {
+        directory: cache,
+        max_bytes: None,
+        pool: None,
+        source: sources.clone(),
+        ledger: Ledger::default(),
+    })
+    .await?;
     let targets = Targets::new(BTreeMap::new(), LockRetry { attempts: 0, backoff: Vec::new() });
     let services = Services {
         images,
@@ -54,6 +61,8 @@ pub async fn to_device(wanted: ToDevice) -> Result<Populated> {
         workers: options.workers,
         limits: Limits::default(),
         io_priority: options.io_priority,
+        ledger: Ledger::default(),
+        keeping: Keeping::default(),
     };
     let order = Order {
         image_shown: url.clone(),

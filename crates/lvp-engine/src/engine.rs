@@ -27,8 +27,9 @@ use crate::{
     job::{Execution, Filter, NewJob, Runner, Store},
     limit::Limits,
     progress::{Progress, Stop},
-    provision::{self, Context, Order, Services},
+    provision::{self, Context, Keeping, Order, Services},
     settings::{Caller, EngineSettings, LIBVIRT_URI, LibvirtSetting, POOL, Recovery},
+    space::{Ledger, Place},
     task::blocking,
     volume::{Tags, Target, Targets},
 };
@@ -91,14 +92,19 @@ impl Engine {
             Error::io("creating", &state, error).hint("set LVP_STATE_DIR to a directory that this user may write to")
         })?;
         let lock = Lock::acquire(&state.join("lock"), &format!("the state directory {}", state.display()))?;
-        let store = Store::open(&settings.database())?;
+        let database = settings.database();
+        let recorded_in = database.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let store = Store::open(&database)?.bounded(settings.max_queued_jobs);
         let (libvirt, libvirt_required) = libvirt(&settings);
         let (directory, pool) = cache_directory(&settings, libvirt.clone()).await;
+        let ledger = Ledger::default();
+        ledger.keep(&Place::of(recorded_in)?, provision::STATE_KEPT);
         let images = Images::open(ImageSettings {
             directory,
             max_bytes: settings.cache_max_bytes,
             pool,
             source: settings.sources.clone(),
+            ledger: ledger.clone(),
         })
         .await?;
         let services = Arc::new(Services {
@@ -110,6 +116,8 @@ impl Engine {
             workers: settings.workers,
             limits: Limits::new(settings.download_limit, settings.write_limit),
             io_priority: settings.io_priority,
+            ledger,
+            keeping: Keeping { thin_floor: settings.thin_floor, database: recorded_in.to_owned() },
         });
         let for_jobs = Arc::clone(&services);
         let execution = Execution {
@@ -150,7 +158,18 @@ impl Engine {
     /// What a provision would do.
     pub async fn plan(&self, request: &ProvisionRequest, caller: Caller) -> Result<Plan> {
         let order = self.order(request, caller)?;
-        provision::plan(&self.inner.services, &order).await
+        self.refuse_unrecordable().await?;
+        let receipts = self.receipts_beside(&order).await?;
+        provision::plan(&self.inner.services, &order, &receipts).await
+    }
+
+    /// What was done last in the place of an order.
+    async fn receipts_beside(&self, order: &Order) -> Result<Vec<Receipt>> {
+        let Some(volume) = &order.volume else { return Ok(Vec::new()) };
+        let key = self.target(Some(&volume.target), Caller::Administrator)?.exclusive_key(&volume.name);
+        let place = key.strip_suffix(volume.name.as_str()).unwrap_or(&key).to_owned();
+        let stored = self.inner.store.newest_receipts(place, provision::RECEIPTS).await?;
+        Ok(stored.into_iter().filter_map(|receipt| serde_json::from_value(receipt).ok()).collect())
     }
 
     /// Has an image fetched into the cache.
@@ -175,9 +194,15 @@ impl Engine {
             // The cache itself sees to it that an image is fetched once.
             None => format!("image:{}", uuid::Uuid::new_v4()),
         };
+        self.refuse_unrecordable().await?;
         let new = NewJob { kind, request: order.to_stored(), exclusive, idempotency_key };
         let (job_id, _) = self.inner.runner.submit(new).await?;
         Ok(Submitted { job_id })
+    }
+
+    async fn refuse_unrecordable(&self) -> Result<()> {
+        let services = Arc::clone(&self.inner.services);
+        blocking(move || services.keeping.refuse_unrecordable()).await
     }
 
     /// A job.

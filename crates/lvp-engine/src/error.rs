@@ -11,6 +11,9 @@ use serde_json::{Map, Value};
 /// What engine functions return.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// An error is told in at most this many bytes, whatever a source or a program said: it is logged, and kept with its job.
+const LONGEST: usize = 4096;
+
 /// Something that went wrong: what, to what, why, and what to do.
 pub struct Error {
     inner: Box<Inner>,
@@ -72,7 +75,7 @@ impl Error {
         self.inner.retryable.unwrap_or_else(|| self.inner.code.retryable())
     }
 
-    /// The sentence with its causes, joined by colons.
+    /// The sentence with its causes, joined by colons; cut where somebody else's words have no end.
     pub fn chain(&self) -> String {
         let mut text = self.inner.message.clone();
         let mut cause: Option<&dyn std::error::Error> = self.inner.source.as_deref().map(|source| source as _);
@@ -84,6 +87,10 @@ impl Error {
                 text.push_str(&part);
             }
             cause = error.source();
+        }
+        if text.len() > LONGEST {
+            text.truncate(text.floor_char_boundary(LONGEST));
+            text.push('…');
         }
         text
     }
@@ -156,6 +163,9 @@ mod tests {
         let error = Error::io("opening", std::path::Path::new("/dev/x"), cause);
         assert_eq!(error.chain(), "opening /dev/x failed: no such device");
         assert_eq!(error.to_string(), "opening /dev/x failed");
+        let endless = Error::new(ErrorCode::SourceFailed, "it said").source(std::io::Error::other("ä".repeat(1 << 20)));
+        let told = endless.to_body().message;
+        assert!(told.len() <= LONGEST + 4 && told.ends_with("ä…"), "{} bytes", told.len());
         let outer = Error::new(ErrorCode::Internal, "a: b").source(std::io::Error::other("b"));
         assert_eq!(outer.chain(), "a: b");
     }

@@ -4,14 +4,7 @@ use std::sync::Arc;
 
 use lvp_api::{ByteSize, Check, Health, HealthStatus};
 
-use crate::{
-    error::Result,
-    host::libvirt::Libvirt,
-    job::{Filter, Store},
-    provision::Services,
-    task::blocking,
-    volume::Target,
-};
+use crate::{error::Result, host::libvirt::Libvirt, job::Store, provision::Services, task::blocking, volume::Target};
 
 /// Less free space than this part of the whole deserves attention.
 const LITTLE_SPACE: u64 = 20;
@@ -38,12 +31,12 @@ pub async fn look(services: &Arc<Services>, store: &Store, libvirt_required: boo
         }
         Err(error) => checks.push(check("targets", Err(error))),
     }
-    let pending = store.list(Filter { status: Some(lvp_api::JobStatus::Pending), before: None, limit: 10_000 }).await;
+    let pending = store.count_pending().await;
     Health {
         status: checks.iter().map(|check| check.status).max().unwrap_or(HealthStatus::Healthy),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         active_jobs: active as u64,
-        pending_jobs: pending.map_or(0, |jobs| jobs.len() as u64),
+        pending_jobs: pending.map_or(0, u64::from),
         checks,
     }
 }

@@ -11,6 +11,7 @@
 //!  row 0   qcow2_file                qcow2 files that lvp makes, and which file below one names
 //!  row 0   host db progress metrics task
 //!  row 0   fault                     where tests break it on purpose
+//!  row 0   space                     who counts on which space
 //!  row 0   error limit               what went wrong; how fast work may go
 //! ```
 //! It leaves out HTTP servers, command lines and configuration files.
@@ -29,6 +30,7 @@ mod metrics;
 mod provision;
 mod qcow2_file;
 mod settings;
+mod space;
 mod task;
 mod volume;
 mod zero;

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     error::{Error, Result},
     limit::Limits,
+    space::Spender,
 };
 
 /// The rate is measured over this long.
@@ -44,6 +45,7 @@ pub struct Progress {
     counts: Arc<Counts>,
     stopping: Arc<Stopping>,
     limits: Limits,
+    spender: Spender,
 }
 
 #[derive(Default)]
@@ -105,6 +107,12 @@ impl Progress {
     #[must_use]
     pub fn limited(self, limits: Limits) -> Self {
         Self { limits, ..self }
+    }
+
+    /// The same progress, of work whose writes take promised space.
+    #[must_use]
+    pub fn spending(self, spender: Spender) -> Self {
+        Self { spender, ..self }
     }
 
     /// Shows another piece of work's counts as the job's own, until the next stage begins.
@@ -191,8 +199,10 @@ impl Progress {
     /// Keeps the thread as long as the limits want before so many bytes are written to a volume.
     ///
     /// # Errors
-    /// As [`check`](Self::check), soon after the job is told to stop.
+    /// As [`check`](Self::check), soon after the job is told to stop; `insufficient_space` when the work would take more
+    /// than it was promised.
     pub fn pace_write(&self, bytes: u64) -> Result<()> {
+        self.spender.may_take(bytes)?;
         let mut left = self.limits.before_write(bytes);
         while !left.is_zero() {
             self.check()?;
@@ -201,6 +211,11 @@ impl Progress {
             left -= step;
         }
         self.check()
+    }
+
+    /// Notes that so many bytes were written to a volume.
+    pub fn wrote(&self, bytes: u64) {
+        self.spender.took(bytes);
     }
 
     /// How long each stage has been shown so far.

@@ -60,6 +60,8 @@ pub struct EngineSettings {
     pub libvirt: LibvirtSetting,
     /// Jobs that run at once.
     pub max_concurrent_jobs: usize,
+    /// Jobs that wait for their turn at most.
+    pub max_queued_jobs: u32,
     /// Threads that decode and write, for one job.
     pub workers: usize,
     /// Bytes a second that all jobs together may fetch over the network, at least [`LEAST_RATE`]; `None`: no limit.
@@ -74,6 +76,8 @@ pub struct EngineSettings {
     pub leftover_grace: Option<Duration>,
     /// How long running jobs may go on when the daemon is to stop.
     pub stop_grace: Duration,
+    /// What is kept free of a thin pool's data, in percent, at most 100.
+    pub thin_floor: u8,
     /// What to do with jobs that an earlier process left.
     pub recovery: Recovery,
 }

@@ -1,5 +1,7 @@
 //! Reads request bodies and queries: JSON only, bounded, and each mistake under its own code with the field's name.
 
+use std::time::Duration;
+
 use axum::{
     body::Bytes,
     extract::{FromRequest, FromRequestParts, Request, rejection::BytesRejection},
@@ -7,8 +9,9 @@ use axum::{
 };
 use lvp_api::ErrorCode;
 use serde::de::DeserializeOwned;
+use tokio::time;
 
-use crate::error::Failure;
+use crate::{error::Failure, limits::Limits};
 
 /// A body larger than this is refused: the largest sensible request has a few kilobytes.
 pub const LARGEST: usize = 64 * 1024;
@@ -28,7 +31,11 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
                 "the body's Content-Type is not application/json",
             ));
         }
-        let bytes = Bytes::from_request(request, state).await.map_err(|rejection| unreadable(&rejection))?;
+        let patience = request.extensions().get::<Limits>().copied().unwrap_or_default().patience;
+        let bytes = match time::timeout(patience, Bytes::from_request(request, state)).await {
+            Ok(read) => read.map_err(|rejection| unreadable(&rejection))?,
+            Err(_) => return Err(too_slow(patience)),
+        };
         parse(&bytes).map(Self)
     }
 }
@@ -49,6 +56,10 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Query<T> {
             }
         }
     }
+}
+
+fn too_slow(patience: Duration) -> Failure {
+    Failure::new(ErrorCode::RequestTimeout, format!("the body did not come within {} s", patience.as_secs_f32()))
 }
 
 fn unreadable(rejection: &BytesRejection) -> Failure {

@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use axum::{
-    Router,
+    Extension, Router,
     extract::{DefaultBodyLimit, MatchedPath, Request},
     http::{HeaderName, HeaderValue, header},
     middleware::{self, Next},
@@ -17,6 +17,7 @@ use tracing::Instrument;
 use crate::{
     body,
     error::{Failure, Pending},
+    limits::{Followers, Limits},
     listen, metrics,
 };
 
@@ -25,8 +26,10 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const LONGEST_ID: usize = 128;
 
 /// Puts the layers around the routes.
-pub fn apply(router: Router) -> Router {
+pub fn apply(router: Router, limits: Limits) -> Router {
     router
+        .layer(Extension(limits))
+        .layer(Extension(Followers::new(limits.followers)))
         .layer(DefaultBodyLimit::max(body::LARGEST))
         .layer(CatchPanicLayer::custom(|_| {
             Failure::new(ErrorCode::Internal, "the request's handler panicked").into_response()

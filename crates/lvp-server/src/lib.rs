@@ -10,6 +10,7 @@ mod api;
 mod body;
 mod error;
 mod layers;
+mod limits;
 pub mod listen;
 mod metrics;
 
@@ -17,8 +18,10 @@ pub use api::openapi;
 use axum::Router;
 use lvp_engine::Engine;
 
+pub use crate::limits::Limits;
+
 /// The whole API over this engine, ready to be served by [`listen::serve`].
-pub fn router(engine: Engine) -> Router {
+pub fn router(engine: Engine, limits: Limits) -> Router {
     metrics::install();
-    layers::apply(api::router(engine))
+    layers::apply(api::router(engine), limits)
 }

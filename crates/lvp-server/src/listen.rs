@@ -8,6 +8,8 @@ use std::{
     net::{IpAddr, SocketAddr, ToSocketAddrs},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
+    pin::pin,
+    sync::Arc,
     time::Duration,
 };
 
@@ -26,15 +28,19 @@ use lvp_api::ErrorCode;
 use lvp_engine::{Caller, Error};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, UnixListener},
-    sync::watch,
+    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, watch},
 };
 use tower::ServiceExt;
 
-use crate::error::Failure;
+use crate::{error::Failure, limits::Limits};
 
-/// A client has this long to send its request's head.
-const HEAD_LIMIT: Duration = Duration::from_secs(15);
+/// The head of a request is at most this long: more than any client sends.
+const LONGEST_HEAD: usize = 64 << 10;
+/// After a connection could not be accepted, the next one is waited for so long: descriptors are out, most likely.
+const AFTER_ERROR: Duration = Duration::from_millis(100);
+/// Requests that one connection of HTTP/2 has open at once.
+const STREAMS: u32 = 64;
 /// Connections that are open when the server stops have this long to end.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 
@@ -124,7 +130,7 @@ async fn bind_unix(path: &Path) -> lvp_engine::Result<UnixListener> {
             .source(error)
             .hint("set LVP_SOCKET to a path (of at most 107 characters) in a directory that this user may write to")
     };
-    if tokio::net::UnixStream::connect(path).await.is_ok() {
+    if UnixStream::connect(path).await.is_ok() {
         return Err(Error::new(ErrorCode::StateLocked, format!("{} is served by another process", path.display())));
     }
     // Nobody answers: the file is what a process left that was killed.
@@ -139,15 +145,21 @@ async fn bind_unix(path: &Path) -> lvp_engine::Result<UnixListener> {
 }
 
 /// Serves until `stop` turns true, then lets open requests end, for a while.
-pub async fn serve(listeners: Listeners, router: Router, mut stop: watch::Receiver<bool>) {
+pub async fn serve(listeners: Listeners, router: Router, limits: Limits, mut stop: watch::Receiver<bool>) {
     let graceful = GracefulShutdown::new();
     let over_tcp = router.clone().layer(axum::Extension(Caller::Anybody));
     let over_unix = router.layer(axum::Extension(Caller::Administrator));
+    let slots = || Arc::new(Semaphore::new(limits.connections));
+    let (tcp_slots, unix_slots) = (slots(), slots());
     loop {
         tokio::select! {
             _ = stop.wait_for(|stop| *stop) => break,
-            Some(stream) = accept_tcp(listeners.tcp.as_ref()) => connect(stream, &over_tcp, &graceful),
-            Some(stream) = accept_unix(listeners.unix.as_ref()) => connect(stream, &over_unix, &graceful),
+            (stream, slot) = accept_tcp(listeners.tcp.as_ref(), &tcp_slots) => {
+                connect(stream, &over_tcp, limits, slot, &graceful);
+            }
+            (stream, slot) = accept_unix(listeners.unix.as_ref(), &unix_slots) => {
+                connect(stream, &over_unix, limits, slot, &graceful);
+            }
         }
     }
     if let Some((_, path)) = &listeners.unix {
@@ -159,43 +171,70 @@ pub async fn serve(listeners: Listeners, router: Router, mut stop: watch::Receiv
     }
 }
 
-async fn accept_tcp(listener: Option<&TcpListener>) -> Option<tokio::net::TcpStream> {
-    match listener {
-        None => std::future::pending().await,
-        Some(listener) => after_error(listener.accept().await.map(|(stream, _)| stream)).await,
-    }
+async fn accept_tcp(listener: Option<&TcpListener>, slots: &Arc<Semaphore>) -> (TcpStream, OwnedSemaphorePermit) {
+    let Some(listener) = listener else { return std::future::pending().await };
+    accept(slots, || async { listener.accept().await.map(|(stream, _)| stream) }).await
 }
 
-async fn accept_unix(listener: Option<&(UnixListener, PathBuf)>) -> Option<tokio::net::UnixStream> {
-    match listener {
-        None => std::future::pending().await,
-        Some((listener, _)) => after_error(listener.accept().await.map(|(stream, _)| stream)).await,
-    }
+async fn accept_unix(
+    listener: Option<&(UnixListener, PathBuf)>,
+    slots: &Arc<Semaphore>,
+) -> (UnixStream, OwnedSemaphorePermit) {
+    let Some((listener, _)) = listener else { return std::future::pending().await };
+    accept(slots, || async { listener.accept().await.map(|(stream, _)| stream) }).await
 }
 
-/// Out of descriptors, most likely: wait for some to be closed instead of turning in a circle.
-async fn after_error<T>(result: std::io::Result<T>) -> Option<T> {
-    match result {
-        Ok(stream) => Some(stream),
-        Err(error) => {
-            tracing::warn!(%error, "a connection could not be accepted");
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            None
+/// The next connection, once there is a slot for it: until then it waits where the kernel keeps it.
+async fn accept<T, F: Future<Output = std::io::Result<T>>>(
+    slots: &Arc<Semaphore>,
+    next: impl Fn() -> F,
+) -> (T, OwnedSemaphorePermit) {
+    let slot = match slots.clone().acquire_owned().await {
+        Ok(slot) => slot,
+        // Nobody closes it.
+        Err(_) => return std::future::pending().await,
+    };
+    loop {
+        match next().await {
+            Ok(stream) => return (stream, slot),
+            Err(error) => {
+                tracing::warn!(%error, "a connection could not be accepted");
+                tokio::time::sleep(AFTER_ERROR).await;
+            }
         }
     }
 }
 
-fn connect(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, router: &Router, graceful: &GracefulShutdown) {
-    let router = router.clone();
+fn connect(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    router: &Router,
+    limits: Limits,
+    slot: OwnedSemaphorePermit,
+    graceful: &GracefulShutdown,
+) {
+    let (router, asked) = (router.clone(), Arc::new(Notify::new()));
+    let first = Arc::clone(&asked);
     let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
+        asked.notify_one();
         router.clone().oneshot(request.map(axum::body::Body::new))
     });
     let mut builder = Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_LIMIT);
-    builder.http2().timer(TokioTimer::new()).max_concurrent_streams(64);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(limits.patience).max_buf_size(LONGEST_HEAD);
+    builder.http2().timer(TokioTimer::new()).max_concurrent_streams(STREAMS);
     let connection = graceful.watch(builder.serve_connection(TokioIo::new(stream), service).into_owned());
     tokio::spawn(async move {
-        if let Err(error) = connection.await {
+        let _slot = slot;
+        let mut connection = pin!(connection);
+        // Before it is known which HTTP a client speaks, nothing else limits how long it takes to say so.
+        let ended = tokio::select! {
+            ended = &mut connection => ended,
+            () = first.notified() => connection.await,
+            () = tokio::time::sleep(limits.patience) => {
+                tracing::debug!("a connection without a request is closed");
+                return;
+            }
+        };
+        if let Err(error) = ended {
             tracing::debug!(%error, "a connection broke off");
         }
     });

@@ -100,7 +100,9 @@ impl LocalEngine {
         })?;
         let listeners = listen::bind(&Addresses { tcp: None, unix: Some(socket_in(directory.path())) }).await?;
         let (stop, stopped) = watch::channel(false);
-        let server = tokio::spawn(listen::serve(listeners, lvp_server::router(engine.clone()), stopped));
+        let limits = config.limits()?;
+        let router = lvp_server::router(engine.clone(), limits);
+        let server = tokio::spawn(listen::serve(listeners, router, limits, stopped));
         Ok(Self { engine, stop, server, _directory: directory })
     }
 }

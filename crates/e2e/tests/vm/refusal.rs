@@ -13,6 +13,7 @@ pub const SCENARIOS: &[Scenario] = &[
     ("the_disk_of_an_active_domain_is_in_use_and_of_one_shut_off_is_not", the_disk_of_an_active_domain_is_in_use),
     ("a_volume_larger_than_the_group_is_refused", a_volume_larger_than_the_group_is_refused),
     ("an_image_larger_than_its_thin_pool_is_refused", an_image_larger_than_its_thin_pool_is_refused),
+    ("two_jobs_never_count_on_the_same_space_of_a_thin_pool", two_jobs_never_count_on_the_same_space_of_a_thin_pool),
     ("a_group_that_is_not_there_is_named", a_group_that_is_not_there_is_named),
     ("a_pool_is_no_volume", a_pool_is_no_volume),
     ("another_address_than_loopback_is_refused", another_address_than_loopback_is_refused),
@@ -94,6 +95,29 @@ fn an_image_larger_than_its_thin_pool_is_refused(world: &World) -> Result<()> {
     // What fits is written.
     daemon.completed(&world.publish(&world.small)?.onto("web", "256M"))?;
     world.expect_image("/dev/vg0/web", &world.small)
+}
+
+/// In a pool that does not zero, a volume takes its whole size, little by little.
+fn two_jobs_never_count_on_the_same_space_of_a_thin_pool(world: &World) -> Result<()> {
+    world.vm.run_ok("lvcreate --yes --type thin-pool --zero n --name narrow --size 160M vg0")?;
+    let mut environment = world.environment("narrow");
+    set(&mut environment, "LVM_THIN_POOL", Some("narrow"));
+    let daemon = world.serve_in("narrow", &environment)?;
+    let mut slow = world.publish(&world.small)?.onto("web-1", "72M");
+    // It writes for as long as this takes.
+    slow["limit_rate"] = "64K".into();
+    let first = daemon.provision(&slow)?;
+    daemon.job_when(&first, JOB, |job| job["device_path"].is_string())?;
+    let second = world.publish(&world.large)?.onto("web-2", "96M");
+    let refused = daemon.failed(&second, "insufficient_space")?;
+    let number = |name: &str| refused["details"][name].as_u64().unwrap_or_default();
+    ensure!(number("promised_bytes") > 32 << 20 && number("free_bytes") > 104 << 20, "{refused:#}");
+    ensure!(refused["retryable"] == true && number("kept_bytes") == 8 << 20, "{refused:#}");
+    ensure!(world.volumes()? == ["web-1"], "something is left");
+    daemon.delete(&format!("/api/v1/jobs/{first}"))?;
+    daemon.job_ended(&first, JOB)?;
+    daemon.completed(&second)?;
+    world.expect_image("/dev/vg0/web-2", &world.large)
 }
 
 fn a_group_that_is_not_there_is_named(world: &World) -> Result<()> {

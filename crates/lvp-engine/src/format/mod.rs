@@ -109,6 +109,11 @@ impl Header {
             Layout::Qcow2(header) => header.l1_used().saturating_mul(header.cluster_size()),
         }
     }
+
+    /// Whether it is a compressed raw image: how much data its disk has shows only when it is decoded.
+    pub fn is_stream(&self) -> bool {
+        matches!(self.layout, Layout::Stream(_))
+    }
 }
 
 /// The cheap gate: checks the header, its extensions and the first level of tables, by a few small reads.

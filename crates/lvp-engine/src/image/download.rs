@@ -231,8 +231,9 @@ impl Download<'_> {
         self.progress.advance(length);
         self.lead.show(end, at.total.unwrap_or(0));
         if end - at.accounted >= ACCOUNTED {
+            // The last of it may be on its way to the writer.
+            self.reservation.set_written(at.accounted);
             at.accounted = end;
-            self.reservation.set_written(end);
         }
         Ok(())
     }

@@ -41,6 +41,7 @@ use crate::{
     fault,
     host::libvirt::StoragePool,
     progress::Progress,
+    space::Ledger,
     watermark::Watermark,
 };
 
@@ -60,6 +61,8 @@ pub struct ImageSettings {
     pub pool: Option<StoragePool>,
     /// How sources are reached.
     pub source: SourceSettings,
+    /// Who counts on which space.
+    pub ledger: Ledger,
 }
 
 /// An image that is asked for.
@@ -164,10 +167,10 @@ impl Images {
     /// # Errors
     /// `state_locked`, `input_output`, or `invalid_configuration` (certificate authorities).
     pub async fn open(settings: ImageSettings) -> Result<Self> {
-        let ImageSettings { directory, max_bytes, pool, source } = settings;
+        let ImageSettings { directory, max_bytes, pool, source, ledger } = settings;
         blocking(move || {
             let sources = Sources::new(source)?;
-            let index = Arc::new(Index::open(&directory, max_bytes)?);
+            let index = Arc::new(Index::open(&directory, max_bytes, ledger)?);
             Ok(Self { shared: Arc::new(Shared { index, flights: Flights::default(), sources, pool }) })
         })
         .await
@@ -308,6 +311,14 @@ impl Images {
             Ok(now) if now != resolved.expected => checksum::changed(url).source(error),
             _ => error,
         }
+    }
+
+    /// Refuses a download of so many bytes for which there would be no room now; nothing changes.
+    ///
+    /// # Errors
+    /// `cache_full`.
+    pub async fn refuse_full(&self, bytes: u64) -> Result<()> {
+        self.with_index(move |index| index.refuse_full(bytes)).await
     }
 
     /// Notes the use of a cached image. That the note cannot be written is no reason to refuse the image.

@@ -4,8 +4,9 @@
 //!   reserve ──► (evict the least recently used idle images) ──► Reservation ──► publish: it becomes an image
 //!                                                                    └────────► dropped: the space is free again
 //! ```
-//! Two downloads never count on the same space: what is reserved counts as used, and what of it is not written yet counts
-//! as gone from the file system. It leaves out sources and downloads. Everything here blocks (file system, locks).
+//! Two downloads never count on the same space: what is reserved counts as used, and what of it is not written yet is
+//! promised (`space`), to downloads and to volumes on the same file system alike. It leaves out sources and downloads.
+//! Everything here blocks (file system, locks).
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -24,7 +25,10 @@ use super::{
     sidecar::{Sidecar, SourceRecord},
     source::SourceInfo,
 };
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    space::{Ledger, Place, Promise, Room},
+};
 
 /// The fewest digits of a digest that name an image.
 const SHORTEST_PREFIX: usize = 12;
@@ -33,6 +37,9 @@ const SHORTEST_PREFIX: usize = 12;
 pub(super) struct Index {
     directory: Directory,
     max_bytes: Option<u64>,
+    ledger: Ledger,
+    /// The file system of the directory.
+    place: Place,
     state: Mutex<State>,
     /// One image appears at a time, so that two downloads of the same bytes become one image.
     publishing: Mutex<()>,
@@ -41,17 +48,11 @@ pub(super) struct Index {
 #[derive(Default)]
 struct State {
     records: BTreeMap<String, Arc<Record>>,
-    reservations: HashMap<u64, Space>,
+    /// What each download has reserved; what of it is written is taken.
+    reservations: HashMap<u64, Promise>,
     next_reservation: u64,
     /// Downloads that an earlier run left and that nobody continues yet.
     left: Vec<PathBuf>,
-}
-
-/// What a download has reserved, in bytes.
-#[derive(Default, Clone, Copy)]
-struct Space {
-    reserved: u64,
-    written: u64,
 }
 
 /// What the cache holds, in bytes.
@@ -71,14 +72,15 @@ pub struct Usage {
 
 impl Index {
     /// Opens a directory and finds what is in it.
-    pub fn open(path: &Path, max_bytes: Option<u64>) -> Result<Self> {
+    pub fn open(path: &Path, max_bytes: Option<u64>, ledger: Ledger) -> Result<Self> {
         let directory = Directory::open(path)?;
+        let place = Place::of(path)?;
         let found = directory.scan()?;
         let mut state = State { left: found.left, ..State::default() };
         for (name, sidecar) in found.images {
             state.records.insert(name.clone(), Record::new(path, name, sidecar));
         }
-        Ok(Self { directory, max_bytes, state: Mutex::new(state), publishing: Mutex::new(()) })
+        Ok(Self { directory, max_bytes, ledger, place, state: Mutex::new(state), publishing: Mutex::new(()) })
     }
 
     pub fn directory(&self) -> &Directory {
@@ -180,7 +182,7 @@ impl Index {
         Ok(Usage {
             images: state.records.len(),
             used_bytes: state.used(),
-            reserved_bytes: state.reservations.values().map(|space| space.reserved).sum(),
+            reserved_bytes: state.reserved(),
             free_bytes,
             max_bytes: self.max_bytes,
         })
@@ -281,91 +283,110 @@ impl Index {
     /// `cache_full` with the figures, and then no image was evicted.
     pub fn reserve(self: &Arc<Self>, bytes: u64, written: u64) -> Result<(Reservation, usize)> {
         let mut state = self.state();
-        let id = state.next_reservation;
-        state.next_reservation += 1;
-        // So that what is there counts once.
-        state.reservations.insert(id, Space { reserved: written, written });
-        let made = self.make_room(&mut state, bytes.saturating_sub(written));
-        let evicted = match made {
-            Ok(evicted) => evicted,
-            Err(error) => {
-                state.reservations.remove(&id);
-                return Err(error);
+        let (id, evicted) = self.ledger.at(&self.place, |room| {
+            let id = state.next_reservation;
+            state.next_reservation += 1;
+            // So that what is there counts once.
+            let promise = room.promise(written);
+            promise.set_taken(written);
+            state.reservations.insert(id, promise);
+            match self.make_room(&mut state, room, bytes.saturating_sub(written)) {
+                Ok(evicted) => {
+                    state.reservations.get(&id).into_iter().for_each(|promise| promise.raise(bytes));
+                    Ok((id, evicted))
+                }
+                Err(error) => {
+                    state.reservations.remove(&id);
+                    Err(error)
+                }
             }
-        };
-        state.reservations.insert(id, Space { reserved: bytes.max(written), written });
+        })?;
         drop(state);
         Ok((Reservation { index: self.clone(), id }, evicted))
     }
 
+    /// Refuses a download of so many bytes for which there would be no room. Nothing is reserved, and nobody goes.
+    ///
+    /// # Errors
+    /// `cache_full`.
+    pub fn refuse_full(&self, bytes: u64) -> Result<()> {
+        let state = self.state();
+        self.ledger.at(&self.place, |room| {
+            let left: u64 = state.left.iter().filter_map(|path| path.metadata().ok()).map(|facts| facts.len()).sum();
+            let evictable = idle(&state).iter().map(|(_, size, _)| size).sum::<u64>();
+            if self.lack(&state, room, bytes)? <= evictable.saturating_add(left) {
+                return Ok(());
+            }
+            Err(self.full(&state, room, bytes, evictable)?)
+        })
+    }
+
     /// Evicts until `more` bytes fit the limit and the file system; first what interrupted downloads left.
-    fn make_room(&self, state: &mut State, more: u64) -> Result<usize> {
-        while self.lack(state, more)? > 0
+    fn make_room(&self, state: &mut State, room: &mut Room, more: u64) -> Result<usize> {
+        if more == 0 {
+            return Ok(0);
+        }
+        while self.lack(state, room, more)? > 0
             && let Some(left) = state.left.pop()
         {
             tracing::info!(file = %left.display(), "removing what an interrupted download left, to make room");
             partial::discard(&left);
         }
-        let mut idle: Vec<_> = state
-            .records
-            .values()
-            .filter(|record| !in_use(record))
-            .filter_map(|record| {
-                let sidecar = record.sidecar();
-                (!sidecar.pinned).then(|| (sidecar.last_used_at, sidecar.size, record.name.clone()))
-            })
-            .collect();
-        idle.sort();
+        let idle = idle(state);
         let evictable: u64 = idle.iter().map(|(_, size, _)| size).sum();
-        let mut lack = self.lack(state, more)?;
+        let mut lack = self.lack(state, room, more)?;
         if lack > evictable {
-            return Err(self.full(state, more, evictable)?);
+            return Err(self.full(state, room, more, evictable)?);
         }
         let mut evicted = 0;
         let mut oldest_first = idle.into_iter();
         while lack > 0 {
             let Some((last_used_at, size, name)) = oldest_first.next() else {
-                return Err(self.full(state, more, 0)?);
+                return Err(self.full(state, room, more, 0)?);
             };
             self.directory.remove(&name)?;
             state.records.remove(&name);
             evicted += 1;
             tracing::info!(image = name, size, %last_used_at, "evicted a cached image to make room");
-            lack = self.lack(state, more)?;
+            lack = self.lack(state, room, more)?;
         }
         Ok(evicted)
     }
 
     /// How many bytes are missing for `more`.
-    fn lack(&self, state: &State, more: u64) -> Result<u64> {
-        let reserved: u64 = state.reservations.values().map(|space| space.reserved).sum();
-        let promised: u64 = state.reservations.values().map(|space| space.reserved.saturating_sub(space.written)).sum();
-        let over_limit =
-            self.max_bytes.map_or(0, |limit| (state.used() + reserved).saturating_add(more).saturating_sub(limit));
-        Ok(over_limit.max(promised.saturating_add(more).saturating_sub(self.directory.free()?)))
+    fn lack(&self, state: &State, room: &mut Room, more: u64) -> Result<u64> {
+        // Before what is free is asked: what is written in between counts twice.
+        let taken = room.promised().saturating_add(room.kept()).saturating_add(more);
+        let used = state.used() + state.reserved();
+        let over_limit = self.max_bytes.map_or(0, |limit| used.saturating_add(more).saturating_sub(limit));
+        Ok(over_limit.max(taken.saturating_sub(self.directory.free()?)))
     }
 
-    fn full(&self, state: &State, more: u64, evictable: u64) -> Result<Error> {
+    fn full(&self, state: &State, room: &mut Room, more: u64, evictable: u64) -> Result<Error> {
+        let (promised, kept) = (room.promised(), room.kept());
         let free = self.directory.free()?;
-        let reserved: u64 = state.reservations.values().map(|space| space.reserved).sum();
+        let reserved = state.reserved();
         let limit = self.max_bytes.map_or_else(|| "no limit".to_owned(), |limit| format!("limit {}", ByteSize(limit)));
+        let kept = if kept > 0 { format!(" and {} are kept free", ByteSize(kept)) } else { String::new() };
         let error = Error::new(
             ErrorCode::CacheFull,
             format!(
                 "the image cache {} has no room for {}: {limit}, {} in images, {} reserved by other downloads, {} could \
-                 be evicted, {} free on the file system",
+                 be evicted, {} free on the file system, of which running jobs will still take {}{kept}",
                 self.directory.path().display(),
                 ByteSize(more),
                 ByteSize(state.used()),
                 ByteSize(reserved),
                 ByteSize(evictable),
                 ByteSize(free),
+                ByteSize(promised),
             ),
         )
         .detail("wanted_bytes", more)
         .detail("used_bytes", state.used())
         .detail("reserved_bytes", reserved)
         .detail("free_bytes", free)
+        .detail("promised_bytes", promised)
         .hint("unpin or delete images, raise LVP_CACHE_MAX_BYTES, or move the cache to a larger file system");
         let never_fits = self.max_bytes.is_some_and(|limit| more > limit);
         Ok(if never_fits { error.retry(false) } else { error })
@@ -376,6 +397,23 @@ impl State {
     fn used(&self) -> u64 {
         self.records.values().map(|record| record.sidecar().size).sum()
     }
+
+    fn reserved(&self) -> u64 {
+        self.reservations.values().map(Promise::bytes).sum()
+    }
+}
+
+/// The images that may go, the one that was not used for longest first: when it was used, its size and its name.
+fn idle(state: &State) -> Vec<(Timestamp, u64, String)> {
+    let candidates = state.records.values().filter(|record| !in_use(record));
+    let mut idle: Vec<_> = candidates
+        .filter_map(|record| {
+            let sidecar = record.sidecar();
+            (!sidecar.pinned).then(|| (sidecar.last_used_at, sidecar.size, record.name.clone()))
+        })
+        .collect();
+    idle.sort();
+    idle
 }
 
 /// Whether an entry lives. Under the lock, "no" stays true.
@@ -402,18 +440,18 @@ impl Reservation {
     /// Makes sure that `size` bytes are reserved in all. Says how many images had to go.
     pub fn ensure(&self, size: u64) -> Result<usize> {
         let mut state = self.index.state();
-        let reserved = state.reservations.get(&self.id).map_or(0, |space| space.reserved);
-        let evicted = self.index.make_room(&mut state, size.saturating_sub(reserved))?;
-        if let Some(space) = state.reservations.get_mut(&self.id) {
-            space.reserved = reserved.max(size);
-        }
-        Ok(evicted)
+        self.index.ledger.at(&self.index.place, |room| {
+            let reserved = state.reservations.get(&self.id).map_or(0, Promise::bytes);
+            let evicted = self.index.make_room(&mut state, room, size.saturating_sub(reserved))?;
+            state.reservations.get(&self.id).into_iter().for_each(|promise| promise.raise(size));
+            Ok(evicted)
+        })
     }
 
     /// Notes how much of it lies on the file system already.
     pub fn set_written(&self, bytes: u64) {
-        if let Some(space) = self.index.state().reservations.get_mut(&self.id) {
-            space.written = bytes;
+        if let Some(promise) = self.index.state().reservations.get(&self.id) {
+            promise.set_taken(bytes);
         }
     }
 }

@@ -337,12 +337,15 @@ impl<C: Send + 'static> Inner<C> {
 
     /// The next job to run. It counts as live from here on, so nobody else begins with its key.
     async fn next(&self) -> Result<Option<(JobId, Progress)>> {
-        let unfinished = self.store.unfinished().await?;
+        if self.live().len() >= self.limit {
+            return Ok(None);
+        }
+        let waiting = self.store.pending().await?;
         let mut live = self.live();
-        let pending: Vec<Entry> = unfinished
+        let pending: Vec<Entry> = waiting
             .into_iter()
-            .filter(|stored| stored.status == JobStatus::Pending && !live.contains_key(&stored.id))
-            .map(|stored| Entry { id: stored.id, exclusive: stored.exclusive })
+            .filter(|(id, _)| !live.contains_key(id))
+            .map(|(id, exclusive)| Entry { id, exclusive })
             .collect();
         let running: Vec<Entry> = live.values().map(|live| live.entry.clone()).collect();
         let Some(entry) = queue::next(&pending, &running, &self.held(), self.limit).cloned() else { return Ok(None) };

@@ -28,8 +28,6 @@ pub struct Stored {
     pub request: Value,
     /// What the steps found and did; its shape is the use case's own.
     pub record: Value,
-    /// What no two running jobs may share.
-    pub exclusive: String,
     /// Whether its user wants it to stop.
     pub cancel_requested: bool,
     /// How often it began to run.
@@ -76,18 +74,35 @@ pub struct Filter {
 #[derive(Clone)]
 pub struct Store {
     connection: Arc<Mutex<Connection>>,
+    /// No more jobs than this wait for their turn.
+    most_pending: u32,
+}
+
+/// What came of keeping a job.
+enum Inserted {
+    New(Box<Stored>),
+    /// The job of the same idempotency key.
+    Known(Box<Stored>),
+    /// So many wait already.
+    Full(u32),
 }
 
 /// Receipts that are kept, the newest; a host has far fewer volumes.
 const RECEIPTS_KEPT: u32 = 10_000;
 
-const COLUMNS: &str = "id, kind, status, request, record, exclusive, cancel_requested, attempts, progress, error, \
+const COLUMNS: &str = "id, kind, status, request, record, cancel_requested, attempts, progress, error, \
                        created_at, started_at, updated_at, finished_at";
 
 impl Store {
     /// Opens the database at `path`.
     pub fn open(path: &Path) -> Result<Self> {
-        Ok(Self { connection: Arc::new(Mutex::new(db::open(path)?)) })
+        Ok(Self { connection: Arc::new(Mutex::new(db::open(path)?)), most_pending: u32::MAX })
+    }
+
+    /// The same, where no more than so many jobs wait for their turn.
+    #[must_use]
+    pub fn bounded(self, most_pending: u32) -> Self {
+        Self { most_pending, ..self }
     }
 
     /// Runs `work` in one transaction, on a thread that may block.
@@ -117,18 +132,23 @@ impl Store {
     /// Keeps a new job and gives its id; or the id of the job that has the same idempotency key already.
     ///
     /// # Errors
-    /// `idempotency_conflict` when that job was asked for something else.
+    /// `idempotency_conflict` when that job was asked for something else; `queue_full`.
     pub async fn insert(&self, new: NewJob) -> Result<(JobId, bool)> {
         let id = JobId(uuid::Uuid::now_v7());
         let request = new.request.clone();
         let key = new.idempotency_key.clone();
-        let (found, made) = self
+        let most = self.most_pending;
+        let inserted = self
             .transact(move |t| {
                 if let Some(key) = &new.idempotency_key {
                     let sql = format!("SELECT {COLUMNS} FROM jobs WHERE idempotency_key = ?1");
                     if let Some(stored) = t.query_row(&sql, [key], read).optional()? {
-                        return Ok((stored, false));
+                        return Ok(Inserted::Known(Box::new(stored)));
                     }
+                }
+                let waiting = count_pending(t)?;
+                if waiting >= most {
+                    return Ok(Inserted::Full(waiting));
                 }
                 t.execute(
                     "INSERT INTO jobs (id, kind, status, request, exclusive, idempotency_key, created_at, updated_at)
@@ -142,9 +162,17 @@ impl Store {
                         now()
                     ],
                 )?;
-                Ok((get(t, id)?.ok_or(rusqlite::Error::QueryReturnedNoRows)?, true))
+                Ok(Inserted::New(Box::new(get(t, id)?.ok_or(rusqlite::Error::QueryReturnedNoRows)?)))
             })
             .await?;
+        let (found, made) = match inserted {
+            Inserted::New(found) => (found, true),
+            Inserted::Known(found) => (found, false),
+            Inserted::Full(waiting) => {
+                let said = format!("{waiting} jobs wait for their turn, and no more are taken");
+                return Err(Error::new(ErrorCode::QueueFull, said).detail("pending_jobs", waiting));
+            }
+        };
         if !made && found.request != request {
             return Err(Error::new(
                 ErrorCode::IdempotencyConflict,
@@ -187,6 +215,21 @@ impl Store {
             t.prepare_cached(&sql)?.query_map([], read)?.collect()
         })
         .await
+    }
+
+    /// The ids and exclusive keys of the jobs that wait for their turn, oldest first.
+    pub async fn pending(&self) -> Result<Vec<(JobId, String)>> {
+        self.transact(|t| {
+            let sql = "SELECT id, exclusive FROM jobs WHERE status = 'pending' ORDER BY id";
+            let entry = |row: &Row<'_>| Ok((id_of(row)?, row.get(1)?));
+            t.prepare_cached(sql)?.query_map([], entry)?.collect()
+        })
+        .await
+    }
+
+    /// How many jobs wait for their turn.
+    pub async fn count_pending(&self) -> Result<u32> {
+        self.transact(count_pending).await
     }
 
     /// A job begins to run, or to run again.
@@ -308,6 +351,16 @@ impl Store {
         Ok(found.await?.and_then(|text| serde_json::from_str(&text).ok()))
     }
 
+    /// The receipts of those exclusive keys that begin so, the newest first, this many at most.
+    pub async fn newest_receipts(&self, beginning: String, limit: u32) -> Result<Vec<Value>> {
+        let found = self.transact(move |t| {
+            let sql = "SELECT receipt FROM receipts WHERE substr(exclusive, 1, length(?1)) = ?1 ORDER BY job_id DESC LIMIT ?2";
+            t.prepare_cached(sql)?.query_map(params![beginning, limit], |row| row.get::<_, String>(0))?.collect()
+        });
+        let texts: Vec<String> = found.await?;
+        Ok(texts.iter().filter_map(|text| serde_json::from_str(text).ok()).collect())
+    }
+
     /// A job ends. When it completed and its record has a `receipt`, that is kept for longer than the job.
     pub async fn finish(
         &self,
@@ -365,6 +418,17 @@ fn keep_receipt(transaction: &Transaction<'_>, id: JobId, receipt: &Value) -> ru
         .map(drop)
 }
 
+fn count_pending(transaction: &Transaction<'_>) -> rusqlite::Result<u32> {
+    transaction.prepare_cached("SELECT count(*) FROM jobs WHERE status = 'pending'")?.query_row([], |row| row.get(0))
+}
+
+/// The id in the first column.
+fn id_of(row: &Row<'_>) -> rusqlite::Result<JobId> {
+    row.get::<_, String>(0)?.parse().map_err(|error: lvp_api::Invalid| {
+        rusqlite::Error::FromSqlConversionFailure(0, rusqlite::types::Type::Text, error.0.into())
+    })
+}
+
 fn get(transaction: &Transaction<'_>, id: JobId) -> rusqlite::Result<Option<Stored>> {
     transaction
         .prepare_cached(&format!("SELECT {COLUMNS} FROM jobs WHERE id = ?1"))?
@@ -392,25 +456,24 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Stored> {
     let required = |index: usize| time(index)?.ok_or_else(|| bad(index, "a time is missing".to_owned()));
     let parsed = |index: usize| row.get::<_, Option<String>>(index);
     Ok(Stored {
-        id: row.get::<_, String>(0)?.parse().map_err(|error: lvp_api::Invalid| bad(0, error.0))?,
+        id: id_of(row)?,
         kind: serde_json::from_value(Value::String(row.get(1)?)).map_err(|error| bad(1, error.to_string()))?,
         status: row.get::<_, String>(2)?.parse().map_err(|error: lvp_api::Invalid| bad(2, error.0))?,
         request: json(3)?,
         record: json(4)?,
-        exclusive: row.get(5)?,
-        cancel_requested: row.get(6)?,
-        attempts: row.get(7)?,
-        progress: match parsed(8)? {
-            Some(text) => serde_json::from_str(&text).map_err(|error| bad(8, error.to_string()))?,
+        cancel_requested: row.get(5)?,
+        attempts: row.get(6)?,
+        progress: match parsed(7)? {
+            Some(text) => serde_json::from_str(&text).map_err(|error| bad(7, error.to_string()))?,
             None => Progress::queued(),
         },
-        error: parsed(9)?
-            .map(|text| serde_json::from_str(&text).map_err(|error| bad(9, error.to_string())))
+        error: parsed(8)?
+            .map(|text| serde_json::from_str(&text).map_err(|error| bad(8, error.to_string())))
             .transpose()?,
-        created_at: required(10)?,
-        started_at: time(11)?,
-        updated_at: required(12)?,
-        finished_at: time(13)?,
+        created_at: required(9)?,
+        started_at: time(10)?,
+        updated_at: required(11)?,
+        finished_at: time(12)?,
     })
 }
 
@@ -445,6 +508,23 @@ mod tests {
         assert_eq!(store.list(Filter { limit: 10, ..Filter::default() }).await.unwrap().len(), 1);
     }
 
+    #[tokio::test]
+    async fn no_more_jobs_wait_than_may_however_many_come_at_once() {
+        let (_directory, store) = store().await;
+        let store = store.bounded(3);
+        let (first, _) = store.insert(new("v-0", Some("k"))).await.unwrap();
+        let names: Vec<String> = (1..20).map(|number| format!("v-{number}")).collect();
+        let answers = futures::future::join_all(names.iter().map(|name| store.insert(new(name, None)))).await;
+        let refused: Vec<Error> = answers.into_iter().filter_map(Result::err).collect();
+        assert_eq!(refused.len(), 17);
+        assert!(refused.iter().all(|error| error.code() == ErrorCode::QueueFull && error.retryable()));
+        assert_eq!((store.count_pending().await.unwrap(), store.pending().await.unwrap().len()), (3, 3));
+        // What is known is not new, and what runs does not wait.
+        assert_eq!(store.insert(new("v-0", Some("k"))).await.unwrap(), (first, false));
+        store.start(first).await.unwrap();
+        store.insert(new("v-20", None)).await.unwrap();
+    }
+
     async fn states(store: &Store, id: JobId) -> Vec<String> {
         let read = store.transact(move |t| {
             let sql = "SELECT state FROM steps WHERE job_id = ?1 ORDER BY position";
@@ -468,6 +548,19 @@ mod tests {
         let states = states(&store, id).await;
         assert_eq!(states, ["done", "started"]);
         assert_eq!(store.unfinished().await.unwrap().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn the_newest_receipts_of_a_place_come_first() {
+        let (_directory, store) = store().await;
+        for (number, volume) in ["lvm:vg0/a", "lvm:vg1/b", "lvm:vg0/c", "lvm:vg0/a"].into_iter().enumerate() {
+            let (id, _) = store.insert(new(volume, None)).await.unwrap();
+            let record = json!({ "receipt": { "number": number } });
+            store.finish(id, JobStatus::Completed, Progress::queued(), None, record).await.unwrap();
+        }
+        let newest = |limit| store.newest_receipts("lvm:vg0/".to_owned(), limit);
+        assert_eq!(newest(9).await.unwrap(), [json!({ "number": 3 }), json!({ "number": 2 })]);
+        assert_eq!(newest(1).await.unwrap(), [json!({ "number": 3 })]);
     }
 
     #[tokio::test]

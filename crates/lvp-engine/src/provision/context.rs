@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
+    admission::{self, Admission},
     in_use::{find_settled, refuse_in_use},
     known::{Known, gone, lost_tags},
     new_volume::Destination,
@@ -74,8 +75,8 @@ pub enum Claim {
 
 /// What a job finds when it claims its volume.
 enum Claimed {
-    /// It is this job's to write.
-    For(Claim),
+    /// It is this job's to write; one that was there before is promised its space.
+    For(Claim, Option<Admission>),
     /// An attempt before wrote it to the end.
     Done(Box<Volume>),
 }
@@ -105,6 +106,8 @@ pub struct Context {
     pub(super) destination: Option<Destination>,
     /// The volume, once it is made or readied.
     pub(super) known: Option<Known>,
+    /// The space that it was promised.
+    pub(super) admission: Option<Admission>,
     /// Held as long as this job looks for or makes the base of its image.
     pub(super) base_lock: Option<BaseLock>,
 }
@@ -128,6 +131,7 @@ impl Context {
             fetched: 0,
             destination: None,
             known: None,
+            admission: None,
             base_lock: None,
         })
     }
@@ -199,32 +203,34 @@ impl Context {
         }
     }
 
-    /// Decides what may be done with the volume, and whether there is room.
+    /// Decides what may be done with the volume, and whether there is room. A new one is promised its space when it is made, in
+    /// the next step but one: it may be a copy of a base, which takes none.
     pub(super) async fn ensure_volume_claimed(&mut self) -> Result<()> {
         let (backend, wanted) = self.backend()?;
         let job = self.id;
-        let libvirt = self.services.libvirt.clone();
+        let (services, examined) = (Arc::clone(&self.services), self.examined.clone());
         let virtual_size = self.examined.as_ref().map(|examined| examined.header.least_size);
         let before = self.record.clone();
         let claim = blocking(move || match find_settled(&*backend, &wanted.name)? {
             // An earlier attempt came to the end, and only that was not recorded. Its user may have the volume by now.
             Some(volume) if before.is_on(&volume) => Ok(Claimed::Done(Box::new(volume))),
             Some(volume) if before.claim == Some(Claim::Make) && volume.tags.job == Some(job) => {
-                Ok(Claimed::For(Claim::Make))
+                Ok(Claimed::For(Claim::Make, None))
             }
             Some(volume) => {
                 plan::compatible(&volume, &wanted, virtual_size)?;
-                refuse_in_use(&volume, libvirt.as_ref())?;
-                Ok(Claimed::For(Claim::Overwrite))
+                refuse_in_use(&volume, services.libvirt.as_ref())?;
+                let admitted = admission::admit_existing(&services, &*backend, &volume, &wanted, examined.as_ref())?;
+                Ok(Claimed::For(Claim::Overwrite, admitted))
             }
             None => {
                 virtual_size.map_or(Ok(()), |size| plan::fits(size, &wanted))?;
-                plan::admit(&*backend, &wanted)?;
-                Ok(Claimed::For(Claim::Make))
+                admission::refuse_full(&services, &*backend, &wanted)?;
+                Ok(Claimed::For(Claim::Make, None))
             }
         });
         match claim.await? {
-            Claimed::For(claim) => self.record.claim = Some(claim),
+            Claimed::For(claim, admitted) => (self.record.claim, self.admission) = (Some(claim), admitted),
             Claimed::Done(volume) => {
                 self.record.finished = true;
                 self.record.receipt = self.record.receipt.take().or_else(|| self.receipt(&volume));
@@ -364,7 +370,7 @@ impl Context {
         self.record.receipt = self.receipt(&volume);
         self.progress.enter(Stage::Finalizing, volume.size);
         self.progress.set_processed(volume.size);
-        (self.image, self.base_lock) = (None, None);
+        (self.image, self.base_lock, self.admission) = (None, None, None);
         Ok(())
     }
 

@@ -14,7 +14,10 @@
 //! if its claim says that there was none before. A volume that was there before is overwritten only after the image is
 //! verified, and never removed.
 
+mod admission;
 mod context;
+mod dry_run;
+mod estimate;
 mod in_use;
 mod known;
 mod new_volume;
@@ -32,10 +35,11 @@ use lvp_api::JobKind;
 
 pub use self::{
     context::Context,
+    dry_run::plan,
+    estimate::RECEIPTS,
     in_use::{find_settled, refuse_in_use, users},
     order::Order,
-    plan::plan,
-    services::Services,
+    services::{Keeping, STATE_KEPT, Services},
     sharing::{BaseLocks, all_bases, delete_image},
     sweep::sweep,
     verification::{valid_receipt, verify_volume},

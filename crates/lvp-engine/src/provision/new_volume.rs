@@ -10,9 +10,12 @@
 //! In a linked target a copy is an overlay, which needs its base from then on.
 //! It leaves out the one pass itself (`transfer`) and bases (`sharing`).
 
+use std::sync::Arc;
+
 use lvp_api::DiskFormat;
 
 use super::{
+    admission::{self, Admission},
     context::{Context, damaged_twice},
     in_use::{find_settled, refuse_in_use},
     known::Known,
@@ -52,6 +55,7 @@ impl Context {
     /// Makes the volume, or the base that it will be a copy of.
     pub(super) async fn make_volume(&mut self) -> Result<()> {
         self.remove_earlier_attempt().await?;
+        self.admission = None;
         let destination = match self.clone_if_there().await? {
             Some(clone) => clone,
             None => self.make_target().await?,
@@ -92,12 +96,20 @@ impl Context {
         Ok(Some(Destination::Clone(base, Box::new(volume))))
     }
 
+    /// Has this job promised the space that it will write.
+    async fn admit(&mut self) -> Result<()> {
+        let (backend, wanted) = self.backend()?;
+        let (services, examined) = (Arc::clone(&self.services), self.examined.clone());
+        let admitted = blocking(move || admission::admit_new(&services, &*backend, &wanted, examined.as_ref())).await?;
+        self.progress = self.progress.clone().spending(admitted.spender());
+        self.admission = Some(admitted);
+        Ok(())
+    }
+
     /// Makes an unsealed base where the place has those and the image's size is known, else the volume.
     async fn make_target(&mut self) -> Result<Destination> {
+        self.admit().await?;
         let (backend, wanted) = self.backend()?;
-        let data = self.examined.as_ref().and_then(|examined| examined.data_bytes).unwrap_or(0);
-        let (admitted, order) = (backend.clone(), wanted.clone());
-        blocking(move || plan::admit_data(&*admitted, &order, data)).await?;
         if let Some(size) = self.examined.as_ref().and_then(|examined| examined.header.virtual_size)
             && let Some(target) = sharing::begin_base(&backend, size, self.id).await?
         {
@@ -117,6 +129,7 @@ impl Context {
         });
         let (target, known) = made.await?;
         self.known = Some(known);
+        self.admission.iter().for_each(Admission::made);
         Ok(Destination::Volume(target))
     }
 

@@ -1,12 +1,11 @@
-//! What a provision would do, found out without changing anything: the questions that the steps ask, and the dry run
-//! that asks them all.
+//! What a provision would do, found out without changing anything: the questions that the steps ask. The dry run
+//! (`dry_run`) asks them all.
 
 use std::sync::Arc;
 
-use lvp_api::{ByteSize, Digest, ErrorCode, Plan, VolumeAction};
+use lvp_api::{ByteSize, Digest, ErrorCode};
 
 use super::{
-    in_use::refuse_in_use,
     order::{Order, VolumeOrder},
     services::Services,
     sharing,
@@ -17,16 +16,12 @@ use crate::{
     image::{ImageUrl, Reader, Resolved, Wanted, serves_no_parts},
     progress::Progress,
     task::blocking,
-    volume::{Space, Volume, VolumeBackend},
+    volume::Volume,
 };
 
 /// Tables of so many bytes at most are read at the source, to know everything before anything is made: those of an image
 /// with a disk of 128 GiB and the usual clusters. Larger ones are checked when they come.
 const TABLES_AT_SOURCE: u64 = 16 << 20;
-/// What a thin pool notes of each of its chunks, in bytes (the kernel's admin-guide/device-mapper/thin-provisioning).
-const METADATA_PER_CHUNK: u64 = 48;
-/// One part in so many of a pool's metadata is kept free.
-const METADATA_KEPT: u64 = 20;
 /// An existing volume is reused when its size differs by no more than one part in this many: ±5 %.
 const SIZE_TOLERANCE: u128 = 20;
 
@@ -146,133 +141,8 @@ pub fn compatible(volume: &Volume, wanted: &VolumeOrder, image: Option<u64>) -> 
     Ok(())
 }
 
-/// Refuses a new volume for which there is no room.
-pub fn admit(backend: &dyn VolumeBackend, wanted: &VolumeOrder) -> Result<()> {
-    admit_data(backend, wanted, 0)
-}
-
-/// As [`admit`], when it is known how many bytes the image's data takes.
-pub fn admit_data(backend: &dyn VolumeBackend, wanted: &VolumeOrder, data: u64) -> Result<()> {
-    let (capabilities, space) = (backend.capabilities()?, backend.space()?);
-    if wanted.size > capabilities.largest {
-        let (size, largest) = (ByteSize(wanted.size), ByteSize(capabilities.largest));
-        return Err(Error::new(
-            ErrorCode::InsufficientSpace,
-            format!("volume {} of {size} is larger than all of {}, which has {largest}", wanted.name, backend.label()),
-        )
-        .hint("ask for a smaller volume, or use another target")
-        .detail("asked_bytes", wanted.size)
-        .detail("largest_bytes", capabilities.largest)
-        .retry(false));
-    }
-    let needed = if capabilities.allocates_whole_size {
-        wanted.size.checked_next_multiple_of(capabilities.granularity).unwrap_or(u64::MAX)
-    } else {
-        data
-    };
-    if needed <= space.free {
-        return admit_metadata(backend, wanted, data, &space);
-    }
-    Err(Error::new(
-        ErrorCode::InsufficientSpace,
-        format!(
-            "volume {} needs {} in {}, where {} are free",
-            wanted.name,
-            ByteSize(needed),
-            backend.label(),
-            ByteSize(space.free)
-        ),
-    )
-    .hint("remove volumes, extend the volume group, or ask for a smaller volume")
-    .detail("needed_bytes", needed)
-    .detail("free_bytes", space.free))
-}
-
-/// Refuses a volume whose blocks the thin pool could not note: a pool that is out of metadata fails for all its volumes.
-fn admit_metadata(backend: &dyn VolumeBackend, wanted: &VolumeOrder, data: u64, space: &Space) -> Result<()> {
-    let Some(metadata) = space.metadata else { return Ok(()) };
-    let needed = data.div_ceil(metadata.chunk.max(1)).saturating_mul(METADATA_PER_CHUNK);
-    let kept = metadata.total / METADATA_KEPT;
-    if needed.saturating_add(kept) <= metadata.free {
-        return Ok(());
-    }
-    Err(Error::new(
-        ErrorCode::InsufficientSpace,
-        format!(
-            "volume {} needs {} of metadata in {}, where {} are free and {} are kept free",
-            wanted.name,
-            ByteSize(needed),
-            backend.label(),
-            ByteSize(metadata.free),
-            ByteSize(kept)
-        ),
-    )
-    .hint("extend the pool's metadata with `lvextend --poolmetadatasize +1G`, or remove volumes and bases")
-    .detail("needed_bytes", needed)
-    .detail("free_bytes", metadata.free))
-}
-
-/// The dry run: every question, nothing changed.
-pub async fn plan(services: &Arc<Services>, order: &Order) -> Result<Plan> {
-    let volume = order.volume.clone().ok_or_else(|| Error::internal("a plan is for a volume"))?;
-    let progress = Progress::default();
-    let resolved = resolve(services, order, &progress).await?;
-    let backend = services.targets.target(&volume.settings()?)?.backend;
-    let base = match known_digest(&resolved) {
-        Some(digest) => sharing::find_base(&backend, &digest).await?,
-        None => None,
-    };
-    let header = match &base {
-        Some(_) if resolved.cached().is_none() => None,
-        _ => examine(&resolved, order, &progress).await?.map(|examined| examined.header),
-    };
-    let is_cloned = base.is_some();
-    let libvirt = services.libvirt.clone();
-    let (wanted, image) = (volume.clone(), header.as_ref().map(|header| header.least_size));
-    let (action, size, free, label) = blocking(move || {
-        let free = backend.space()?.free;
-        let found = backend.find(&wanted.name)?;
-        let (action, size) = match &found {
-            Some(existing) => {
-                compatible(existing, &wanted, image)?;
-                refuse_in_use(existing, libvirt.as_ref())?;
-                (VolumeAction::Reuse, existing.size)
-            }
-            None => {
-                image.map_or(Ok(()), |size| fits(size, &wanted))?;
-                admit(&*backend, &wanted)?;
-                let size = wanted.size.checked_next_multiple_of(backend.capabilities()?.granularity);
-                let action = match (is_cloned, wanted.linked) {
-                    (false, _) => VolumeAction::Create,
-                    (true, false) => VolumeAction::Clone,
-                    (true, true) => VolumeAction::Link,
-                };
-                (action, size.unwrap_or(wanted.size))
-            }
-        };
-        Ok((action, size, free, backend.label()))
-    })
-    .await?;
-    Ok(Plan {
-        image_url: order.image_shown.clone(),
-        image_type: order.image_type,
-        image_digest: resolved.expected().cloned(),
-        cache_hit: resolved.cached().is_some(),
-        bytes_to_fetch: match action {
-            VolumeAction::Create | VolumeAction::Reuse if resolved.cached().is_none() => resolved.size().unwrap_or(0),
-            _ => 0,
-        },
-        virtual_size_bytes: header.and_then(|header| header.virtual_size),
-        volume: volume.name,
-        target: label,
-        volume_action: action,
-        volume_size_bytes: size,
-        target_free_bytes: free,
-    })
-}
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::path::PathBuf;
 
     use lvp_api::{DiskFormat, GIB, VolumeName, ZeroPolicy};
@@ -280,7 +150,7 @@ mod tests {
     use super::*;
     use crate::volume::Tags;
 
-    fn wanted(size: u64) -> VolumeOrder {
+    pub fn wanted(size: u64) -> VolumeOrder {
         VolumeOrder {
             name: "web-1".parse().unwrap(),
             size,
@@ -297,6 +167,7 @@ mod tests {
             name,
             path: PathBuf::from("/dev/vg0/web-1"),
             size,
+            allocated: None,
             tags: Tags::default(),
             open: false,
             unsuitable,

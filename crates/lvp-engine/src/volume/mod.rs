@@ -26,6 +26,7 @@ pub use self::{
 use crate::{
     error::{Error, Result},
     host::block::BlockTarget,
+    space::Place,
 };
 
 /// A volume, as its backend sees it now.
@@ -37,6 +38,8 @@ pub struct Volume {
     pub path: PathBuf,
     /// Its size in bytes.
     pub size: u64,
+    /// How many bytes of its place it has, where known: of a thin volume or a sparse file fewer than its size.
+    pub allocated: Option<u64>,
     /// What lvp wrote on it.
     pub tags: Tags,
     /// Whether the kernel has the device open, where the backend can tell.
@@ -71,8 +74,10 @@ pub struct Tags {
 }
 
 /// What a backend is like, as data, so that callers never ask which one it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Capabilities {
+    /// What its space is taken from.
+    pub place: Place,
     /// A new volume takes its whole size at once; otherwise it grows with what is written.
     pub allocates_whole_size: bool,
     /// Sizes are multiples of this, rounded up.
@@ -90,8 +95,19 @@ pub struct Space {
     pub total: u64,
     /// What new data can take.
     pub free: u64,
-    /// The room for the tables that say which blocks are whose, where that is a room of its own and known: the metadata
-    /// of an active thin pool. When it is full, every write to a new block fails, however much of `free` there is.
+    /// Of a thin pool, what there is more to know.
+    pub pool: Option<PoolSpace>,
+}
+
+/// What a thin pool has besides room for data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolSpace {
+    /// Whether new blocks read zero; else a new volume is written to its end.
+    pub zeroes: bool,
+    /// Blocks are given out in pieces of so many bytes.
+    pub chunk: u64,
+    /// The room for the tables that say which blocks are whose, where known: of an active pool. When it is full, every write
+    /// to a new block fails, however much room there is for data.
     pub metadata: Option<MetadataSpace>,
 }
 
@@ -100,11 +116,9 @@ pub struct Space {
 pub struct MetadataSpace {
     /// All of it.
     pub total: u64,
-    /// What new entries can take.
+    /// What new entries can take: about 48 bytes each (the kernel's `admin-guide/device-mapper/thin-provisioning`), one for
+    /// each block; a snapshot shares those of its origin until it is written.
     pub free: u64,
-    /// Blocks are given out in pieces of this. Each takes about 48 bytes here (the kernel's
-    /// `admin-guide/device-mapper/thin-provisioning`); a snapshot shares those of its origin until it is written.
-    pub chunk: u64,
 }
 
 /// A volume to make.

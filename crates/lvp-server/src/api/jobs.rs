@@ -21,6 +21,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use crate::{
     body::{self, Query},
     error::{Failure, Result},
+    limits::Followers,
 };
 
 /// An idempotency key is at most this long.
@@ -66,7 +67,7 @@ struct ProvisionQuery {
     summary = "Provision a volume",
     params(ProvisionQuery, ("Idempotency-Key" = Option<String>, Header, description = "The same key and body give the same job")),
     request_body = ProvisionRequest,
-    responses((status = 202, body = Submitted), (status = 200, description = "The plan of a dry run", body = Plan), (status = "4XX", body = ErrorBody)),
+    responses((status = 202, body = Submitted), (status = 200, description = "The plan of a dry run; what would be refused has no plan, but the error that the job would fail with", body = Plan), (status = "4XX", body = ErrorBody)),
 )]
 async fn provision(
     State(engine): State<Engine>,
@@ -83,7 +84,7 @@ async fn provision(
     summary = "Provision a volume",
     params(ProvisionQuery, ("Idempotency-Key" = Option<String>, Header, description = "The same key and body give the same job")),
     request_body = ProvisionRequest,
-    responses((status = 202, body = Submitted), (status = 200, description = "The plan of a dry run", body = Plan), (status = "4XX", body = ErrorBody)),
+    responses((status = 202, body = Submitted), (status = 200, description = "The plan of a dry run; what would be refused has no plan, but the error that the job would fail with", body = Plan), (status = "4XX", body = ErrorBody)),
 )]
 async fn submit(
     State(engine): State<Engine>,
@@ -162,18 +163,23 @@ async fn list(State(engine): State<Engine>, Query(query): Query<ListQuery>) -> R
 #[utoipa::path(get, path = "/api/v1/jobs/{id}/events", tag = "jobs", summary = "Follow a job",
     description = "Server-sent events: `progress` with the job as data while it goes on, then one event named after its end (`completed`, `failed`, `cancelled`), then the stream closes.",
     params(("id" = String, Path)),
-    responses((status = 200, content_type = "text/event-stream", body = Job), (status = 404, body = ErrorBody)))]
+    responses((status = 200, content_type = "text/event-stream", body = Job), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
 async fn events(
     State(engine): State<Engine>,
+    Extension(followers): Extension<Followers>,
     Path(id): Path<String>,
 ) -> Result<Sse<impl Stream<Item = std::result::Result<Event, Infallible>>>> {
     let id = job_id(&id)?;
     engine.job(id).await?;
-    let events = engine.watch(id).filter_map(|job| async move {
-        // An error here is a job that was pruned or a database that is gone: the stream ends, the client asks again.
-        let job = job.ok()?;
-        let name = if job.status.is_terminal() { job.status.name() } else { "progress" };
-        Some(Ok(Event::default().event(name).json_data(&job).unwrap_or_default()))
+    let place = followers.join()?;
+    let events = engine.watch(id).filter_map(move |job| {
+        let _held = &place;
+        async move {
+            // An error here is a job that was pruned or a database that is gone: the stream ends, the client asks again.
+            let job = job.ok()?;
+            let name = if job.status.is_terminal() { job.status.name() } else { "progress" };
+            Some(Ok(Event::default().event(name).json_data(&job).unwrap_or_default()))
+        }
     });
     Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(Duration::from_secs(15))))
 }

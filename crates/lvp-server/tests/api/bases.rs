@@ -40,6 +40,8 @@ fn hidden(mounted: &MountedFileSystem) -> Vec<String> {
 async fn the_first_provision_makes_a_base_and_the_next_ones_copy_it() {
     let (bed, mounted) = sharing().await;
     let image = bed.publish("good.qcow2", 1);
+    let plan = bed.tcp().post("/api/v1/jobs?dry_run=true", &bed.order("good.qcow2", "web-1")).await.expect(200);
+    assert_eq!(plan["creates"][1], json!({ "kind": "base", "size_bytes": DISK }), "{plan:#}");
     let first = bed.provision(&bed.order("good.qcow2", "web-1")).await;
     assert_eq!(first["receipt"]["bytes_shared"], 0, "{first:#}");
     let made = bases(&bed).await;
@@ -49,6 +51,7 @@ async fn the_first_provision_makes_a_base_and_the_next_ones_copy_it() {
     larger["size"] = json!(4 * DISK);
     let plan = bed.tcp().post("/api/v1/jobs?dry_run=true", &larger).await.expect(200);
     assert_eq!((&plan["volume_action"], &plan["bytes_to_fetch"]), (&json!("clone"), &json!(0)), "{plan:#}");
+    assert_eq!((&plan["bytes_to_write"], plan["creates"].as_array().unwrap().len()), (&json!(0), 1), "{plan:#}");
     let second = bed.provision(&larger).await;
     let receipt = &second["receipt"];
     assert_eq!((&receipt["bytes_shared"], &receipt["bytes_written"]), (&json!(DISK), &json!(0)), "{second:#}");

@@ -14,7 +14,10 @@ use lvp_engine::{
     Credentials, Engine, EngineSettings, IoPriority, LibvirtSetting, LockRetry, Recovery, Secret, SourceSettings,
     parse_endpoint,
 };
-use lvp_server::listen::{self, Addresses};
+use lvp_server::{
+    Limits,
+    listen::{self, Addresses},
+};
 use reqwest::{Method, RequestBuilder, header::HeaderMap};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -33,6 +36,7 @@ pub struct Bed {
     root: TempDir,
     pub store: ObjectStore,
     settings: EngineSettings,
+    limits: Limits,
     running: Option<Running>,
 }
 
@@ -93,6 +97,11 @@ impl Answer {
 }
 
 impl Door {
+    /// `host:port`, of the one over TCP.
+    pub fn address(&self) -> &str {
+        self.base.trim_start_matches("http://")
+    }
+
     pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
         self.http.request(method, format!("{}{path}", self.base))
     }
@@ -137,6 +146,7 @@ fn settings(root: &Path, endpoint: &str) -> EngineSettings {
         lock_retry: LockRetry { attempts: 0, backoff: milliseconds(1) },
         libvirt: LibvirtSetting::Off,
         max_concurrent_jobs: 2,
+        max_queued_jobs: 1000,
         workers: 2,
         download_limit: None,
         write_limit: None,
@@ -144,18 +154,20 @@ fn settings(root: &Path, endpoint: &str) -> EngineSettings {
         leftover_grace: Some(Duration::from_secs(86400)),
         stop_grace: Duration::ZERO,
         job_history: 1000,
+        thin_floor: 5,
         recovery: Recovery::Resume,
     }
 }
 
 impl Running {
-    async fn start(settings: &EngineSettings, engine: Engine) -> Self {
+    async fn start(settings: &EngineSettings, limits: Limits, engine: Engine) -> Self {
         let socket = settings.state_directory.join("lvp.sock");
         let addresses = Addresses { tcp: Some(("127.0.0.1".to_owned(), 0)), unix: Some(socket.clone()) };
         let listeners = listen::bind(&addresses).await.unwrap();
         let base = format!("http://{}", listeners.tcp_address().unwrap());
         let (stop, stopped) = watch::channel(false);
-        let server = tokio::spawn(listen::serve(listeners, lvp_server::router(engine.clone()), stopped));
+        let server =
+            tokio::spawn(listen::serve(listeners, lvp_server::router(engine.clone(), limits), limits, stopped));
         // A server that does not answer fails the test instead of holding it up.
         let client = || reqwest::Client::builder().no_proxy().timeout(PATIENCE);
         let tcp = Door { http: client().build().unwrap(), base };
@@ -177,6 +189,11 @@ impl Bed {
 
     /// With other settings.
     pub async fn with(change: impl FnOnce(&mut EngineSettings)) -> Self {
+        Self::limited(Limits::default(), change).await
+    }
+
+    /// With other settings, and limits of what clients may have of it.
+    pub async fn limited(limits: Limits, change: impl FnOnce(&mut EngineSettings)) -> Self {
         let root = tempfile::tempdir().unwrap();
         let store = ObjectStore::start(ACCESS_KEY, SECRET_KEY).unwrap();
         for folder in ["state", "cache", "volumes", "other", "images"] {
@@ -187,8 +204,8 @@ impl Bed {
         let mut settings = settings(root.path(), &store.endpoint());
         change(&mut settings);
         let engine = Engine::open(settings.clone()).await.unwrap();
-        let running = Some(Running::start(&settings, engine).await);
-        Self { root, store, settings, running }
+        let running = Some(Running::start(&settings, limits, engine).await);
+        Self { root, store, settings, limits, running }
     }
 
     fn running(&self) -> &Running {
@@ -223,7 +240,7 @@ impl Bed {
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         };
-        self.running = Some(Running::start(&self.settings, engine).await);
+        self.running = Some(Running::start(&self.settings, self.limits, engine).await);
     }
 
     pub fn path(&self, inside: &str) -> PathBuf {

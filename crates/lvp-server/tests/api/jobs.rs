@@ -71,26 +71,42 @@ async fn a_dry_run_answers_the_plan_and_changes_nothing() {
     let (before, length) = (bed.listing(), fs::metadata(&image).unwrap().len());
     let by_query = bed.tcp().post("/api/v1/provision?dry_run=true", &order).await.expect(200);
     let by_field = bed.tcp().post("/api/v1/jobs", &as_field).await.expect(200);
+    let mut to_write = Value::Null;
     for mut plan in [by_query, by_field] {
+        to_write = plan.as_object_mut().unwrap().remove("bytes_to_write").unwrap();
         assert!(plan.as_object_mut().unwrap().remove("target_free_bytes").unwrap().as_u64().unwrap() > 0);
         let expected = json!({
             "image_url": "s3://images/good.qcow2", "image_type": "qcow2", "image_digest": format!("sha256:{digest}"),
-            "cache_hit": false, "bytes_to_fetch": length, "virtual_size_bytes": DISK,
+            "cache_hit": false, "bytes_to_fetch": length, "bytes_to_zero": 0, "virtual_size_bytes": DISK,
             "volume": "web-1", "target": format!("dir:{}", bed.path("volumes").display()),
-            "volume_action": "create", "volume_size_bytes": DISK
+            "volume_action": "create", "volume_size_bytes": DISK, "target_promised_bytes": 0,
+            "creates": [
+                { "kind": "cached_image", "size_bytes": length },
+                { "kind": "volume", "name": "web-1", "size_bytes": DISK }
+            ]
         });
         assert_eq!(plan, expected);
     }
     assert_eq!((bed.listing(), bed.all_jobs().await.len()), (before, 0));
 
-    bed.provision(&order).await;
+    let receipt = bed.provision(&order).await["receipt"].clone();
+    assert_eq!(receipt["bytes_decoded"], to_write, "what was planned is what was done: {receipt:#}");
     let before = bed.listing();
     let plan = bed.tcp().post("/api/v1/jobs", &as_field).await.expect(200);
     assert_eq!(
         (&plan["volume_action"], &plan["cache_hit"], &plan["bytes_to_fetch"]),
         (&json!("reuse"), &json!(true), &json!(0))
     );
+    let to_zero = json!(DISK - to_write.as_u64().unwrap());
+    assert_eq!((&plan["bytes_to_write"], &plan["bytes_to_zero"], &plan["creates"]), (&to_write, &to_zero, &json!([])));
+    assert_eq!(plan.get("seconds_estimated"), None, "no hit was provisioned here before");
     assert_eq!((bed.listing(), bed.all_jobs().await.len()), (before, 1));
+    bed.provision(&bed.order("good.qcow2", "web-2")).await;
+    let plan = bed.tcp().post("/api/v1/jobs", &as_field).await.expect(200);
+    assert!(plan["seconds_estimated"].as_u64().is_some_and(|seconds| seconds >= 1), "{plan:#}");
+    let mut elsewhere = as_field.clone();
+    elsewhere["target"] = json!("other");
+    assert_eq!(bed.tcp().post("/api/v1/jobs", &elsewhere).await.expect(200).get("seconds_estimated"), None);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,11 +1,13 @@
 //! The HTTP API on real parts: an engine with a directory as target, an object store with signatures in this process,
 //! listeners on a free port and a Unix socket, driven by an HTTP client. One module per subject.
 
+mod admission;
 mod auditor;
 mod bad_images;
 mod bad_requests;
 mod bases;
 mod bed;
+mod bounds;
 mod cache_faults;
 mod cancel;
 mod compressed;

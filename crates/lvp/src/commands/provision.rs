@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use lvp_api::{ByteSize, ErrorBody, ErrorCode, Plan, ProvisionRequest, VolumeAction};
+use lvp_api::{ByteSize, Created, CreatedKind, ErrorBody, ErrorCode, Plan, ProvisionRequest, VolumeAction};
 use lvp_engine::Error;
 
 use super::{Outcome, job};
@@ -74,12 +74,32 @@ fn show_plan(plan: &Plan) -> String {
         VolumeAction::Link => "to create as an overlay on the image's base",
         VolumeAction::Reuse => "exists, to overwrite",
     };
+    let mut target = format!("{}, {} free", plan.target, ByteSize(plan.target_free_bytes));
+    if plan.target_promised_bytes > 0 {
+        target.push_str(&format!(", of which running jobs will still take {}", ByteSize(plan.target_promised_bytes)));
+    }
     output::facts(vec![
         ("image", Some(format!("{} ({image})", plan.image_url))),
         ("digest", plan.image_digest.as_ref().map(ToString::to_string)),
         ("disk in it", plan.virtual_size_bytes.map(|bytes| ByteSize(bytes).to_string())),
         ("volume", Some(format!("{} ({volume})", plan.volume))),
         ("size", Some(ByteSize(plan.volume_size_bytes).to_string())),
-        ("target", Some(format!("{}, {} free", plan.target, ByteSize(plan.target_free_bytes)))),
+        ("to write", plan.bytes_to_write.map(|bytes| ByteSize(bytes).to_string())),
+        ("to zero", plan.bytes_to_zero.map(|bytes| ByteSize(bytes).to_string())),
+        ("makes", Some(plan.creates.iter().map(created).collect::<Vec<_>>().join(", ")).filter(|all| !all.is_empty())),
+        ("target", Some(target)),
+        ("takes about", plan.seconds_estimated.map(|seconds| format!("{seconds} s, by what was done before"))),
     ])
+}
+
+fn created(created: &Created) -> String {
+    let what = match created.kind {
+        CreatedKind::Volume => "the volume",
+        CreatedKind::Base => "the image's base",
+        CreatedKind::CachedImage => "the image in the cache",
+    };
+    match created.size_bytes {
+        Some(bytes) => format!("{what} ({})", ByteSize(bytes)),
+        None => what.to_owned(),
+    }
 }

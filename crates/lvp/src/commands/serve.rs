@@ -17,6 +17,7 @@ use crate::{config::Config, connection::body};
 pub async fn run(config: &Config) -> Outcome {
     let addresses = config.addresses().map_err(body)?;
     listen::check(&addresses).map_err(body)?;
+    let limits = config.limits().map_err(body)?;
     // From here on a signal is a wish to stop, not the end in the middle of a step.
     let mut signals = StopSignals::listen().map_err(body)?;
     let engine = Engine::open(config.engine(Recovery::Resume).map_err(body)?).await.map_err(body)?;
@@ -28,7 +29,8 @@ pub async fn run(config: &Config) -> Outcome {
         "serving"
     );
     let (stop, stopped) = watch::channel(false);
-    let server = tokio::spawn(listen::serve(listeners, lvp_server::router(engine.clone()), stopped));
+    let router = lvp_server::router(engine.clone(), limits);
+    let server = tokio::spawn(listen::serve(listeners, router, limits, stopped));
     let name = signals.next().await;
     tracing::info!(signal = name, "stopping; what does not end in its time will be resumed at the next start");
     let hurry = async {

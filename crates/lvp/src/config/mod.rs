@@ -16,7 +16,7 @@ use lvp_engine::{
     Credentials, EngineSettings, Error, IoPriority, LEAST_RATE, LibvirtSetting, LockRetry, Recovery, Result, Secret,
     SourceSettings, TargetSettings, parse_endpoint,
 };
-use lvp_server::listen::Addresses;
+use lvp_server::{Limits, listen::Addresses};
 
 pub use self::table::SETTINGS;
 
@@ -247,6 +247,18 @@ impl Config {
         }
     }
 
+    /// A number that is not 0.
+    fn some<T: Default + PartialEq>(&self, key: &str, number: T) -> Result<T> {
+        if number == T::default() { Err(self.invalid(key, "must be at least 1")) } else { Ok(number) }
+    }
+
+    fn percent(&self, key: &str) -> Result<u8> {
+        match self.number(key)?.unwrap_or_default() {
+            percent @ 0..=100 => Ok(percent),
+            _ => Err(self.invalid(key, "is not a number of percent from 0 to 100")),
+        }
+    }
+
     fn io_priority(&self) -> Result<IoPriority> {
         let text = self.text("io_priority").unwrap_or_default();
         let found = IoPriority::ALL.into_iter().find(|priority| priority.name() == text);
@@ -322,6 +334,12 @@ impl Config {
         Ok(Addresses { tcp: Some((host, port)), unix: Some(self.socket()?) })
     }
 
+    /// How much clients may have of the server.
+    pub fn limits(&self) -> Result<Limits> {
+        let connections = self.some("max_connections", self.number("max_connections")?.unwrap_or(1024))?;
+        Ok(Limits::of_connections(connections))
+    }
+
     /// What is logged: a level or `tracing`'s filter directives.
     pub fn log_level(&self) -> Option<&str> {
         self.text("log_level")
@@ -334,9 +352,6 @@ impl Config {
 
     /// The engine's settings.
     pub fn engine(&self, recovery: Recovery) -> Result<EngineSettings> {
-        let zero = |key: &str, number: usize| {
-            if number == 0 { Err(self.invalid(key, "must be at least 1")) } else { Ok(number) }
-        };
         Ok(EngineSettings {
             state_directory: self.state_directory()?,
             database: self.text("database").map(PathBuf::from),
@@ -353,14 +368,16 @@ impl Config {
                 Some("none") => LibvirtSetting::Off,
                 Some(uri) => LibvirtSetting::Uri(uri.to_owned()),
             },
-            max_concurrent_jobs: zero("max_concurrent_jobs", self.number("max_concurrent_jobs")?.unwrap_or(2))?,
-            workers: zero("workers", self.number("workers")?.unwrap_or_else(default_workers))?,
+            max_concurrent_jobs: self.some("max_concurrent_jobs", self.number("max_concurrent_jobs")?.unwrap_or(2))?,
+            max_queued_jobs: self.some("max_queued_jobs", self.number("max_queued_jobs")?.unwrap_or(1000))?,
+            workers: self.some("workers", self.number("workers")?.unwrap_or_else(default_workers))?,
             download_limit: self.rate("download_limit")?,
             write_limit: self.rate("write_limit")?,
             io_priority: self.io_priority()?,
             leftover_grace: self.span_or_never("leftover_grace")?,
             stop_grace: self.span("stop_grace")?,
             job_history: self.number("job_history")?.unwrap_or(1000),
+            thin_floor: self.percent("thin_floor")?,
             recovery,
         })
     }

@@ -55,6 +55,12 @@ pub const SETTINGS: &[Setting] = &[
         .flag("host"),
     setting("port", &["PORT"], Some("8080"), "Port that the daemon listens on").flag("port"),
     setting("socket", &["LVP_SOCKET"], None, "The daemon's Unix socket").flag("socket"),
+    setting(
+        "max_connections",
+        &["LVP_MAX_CONNECTIONS"],
+        Some("1024"),
+        "Connections open at once, over TCP and as many over the socket; half as many may follow a job's events",
+    ),
     setting("minio.endpoint", &["MINIO_ENDPOINT"], None, "The object store: scheme, host and port"),
     setting("minio.access_key", &["MINIO_ACCESS_KEY", "MINIO_ACCESS_KEY_ID"], None, "Its access key").secret(),
     setting("minio.secret_key", &["MINIO_SECRET_KEY", "MINIO_SECRET_ACCESS_KEY"], None, "Its secret key").secret(),
@@ -93,6 +99,12 @@ pub const SETTINGS: &[Setting] = &[
     ),
     setting("libvirt_uri", &["LVP_LIBVIRT_URI"], None, "libvirt's connection URI, or `none`"),
     setting("max_concurrent_jobs", &["MAX_CONCURRENT_JOBS"], Some("2"), "Jobs that run at once"),
+    setting(
+        "max_queued_jobs",
+        &["LVP_MAX_QUEUED_JOBS"],
+        Some("1000"),
+        "Jobs that wait for their turn; a request beyond is answered with 429 and `queue_full`",
+    ),
     setting("workers", &["LVP_WORKERS"], None, "Threads that decode and write, for one job"),
     setting(
         "download_limit",
@@ -123,6 +135,12 @@ pub const SETTINGS: &[Setting] = &[
         &["LVP_LEFTOVER_GRACE"],
         Some("24h"),
         "How long the daemon keeps what a job that it does not know left incomplete, such as 36h or 7d; `never`: for ever",
+    ),
+    setting(
+        "thin_floor",
+        &["LVP_THIN_FLOOR"],
+        Some("5"),
+        "Percent of a thin pool's data that jobs leave free for the volumes in it",
     ),
     setting("job_history", &["LVP_JOB_HISTORY"], Some("1000"), "Ended jobs that are remembered"),
     setting("log_level", &["LOG_LEVEL"], None, "error, warn, info, debug, trace, or filter directives")

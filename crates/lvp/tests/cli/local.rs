@@ -112,6 +112,7 @@ fn a_dry_run_says_what_would_be_done_and_does_nothing() {
     let words = ["provision", "s3://images/good.qcow2", "web-1", "--size", "8M", "--dry-run"];
     let plan = bed.lvp(&words).exits(0).stdout;
     assert!(plan.contains("to download") && plan.contains("web-1 (to create)") && plan.contains("8 MiB"), "{plan}");
+    assert!(plan.contains("makes") && plan.contains("the image in the cache") && plan.contains("to write"), "{plan}");
     assert_eq!(bed.lvp(&[&words[..], &["-o", "json"]].concat()).exits(0).json()["volume_action"], "create");
     assert!(!bed.volume("web-1").exists());
     assert_eq!(fs::read_dir(bed.path("cache")).unwrap().flatten().filter(|entry| entry.path().is_file()).count(), 0);

@@ -39,8 +39,13 @@ impl<'a> Writer<'a> {
             return Ok(());
         }
         let progress = self.progress;
-        let mut may = |written| progress.pace_write(written);
+        let mut zeros = 0;
+        let mut may = |written| {
+            zeros += written;
+            progress.pace_write(written)
+        };
         self.done.bytes_offloaded += self.target.zero(range.start, length, &mut may)?;
+        progress.wrote(zeros);
         fault::point("populate.zeroed")?;
         self.done.bytes_zeroed += length;
         Ok(())
@@ -59,6 +64,7 @@ impl<'a> Writer<'a> {
                 self.target.write_at(&bytes[at..end], offset + at as u64)?;
                 fault::point("populate.written")?;
                 self.done.bytes_written += (end - at) as u64;
+                self.progress.wrote((end - at) as u64);
             }
             at = end;
         }

@@ -24,6 +24,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     progress::Progress,
+    space::Ledger,
 };
 
 /// A cache in a directory of its own.
@@ -127,7 +128,17 @@ impl Bed {
 }
 
 async fn open(path: &Path, settings: &SourceSettings, max_bytes: Option<u64>) -> Result<Images> {
-    let settings = ImageSettings { directory: path.to_owned(), max_bytes, pool: None, source: settings.clone() };
+    open_counting(path, settings, max_bytes, Ledger::default()).await
+}
+
+async fn open_counting(
+    path: &Path,
+    settings: &SourceSettings,
+    max_bytes: Option<u64>,
+    ledger: Ledger,
+) -> Result<Images> {
+    let settings =
+        ImageSettings { directory: path.to_owned(), max_bytes, pool: None, source: settings.clone(), ledger };
     Images::open(settings).await
 }
 

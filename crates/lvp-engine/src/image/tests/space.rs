@@ -1,6 +1,7 @@
 //! Admission and eviction: who goes, who never goes, and that no byte is promised twice.
 
 use super::*;
+use crate::space::Place;
 
 const KIB: usize = 1024;
 
@@ -101,4 +102,28 @@ async fn an_image_of_unknown_size_is_bounded_while_it_streams() {
     server.serve("/y.qcow2", Page::new(content(100 * KIB, 2)).chunked().no_ranges());
     assert_eq!(bed.resolve(&server.url("/y.qcow2")).await.unwrap().size(), None);
     assert_eq!(bed.bring(&server.url("/y.qcow2")).await.unwrap().size(), 100 * KIB as u64);
+}
+
+#[tokio::test]
+async fn a_download_never_counts_on_what_a_volume_was_promised() {
+    let server = Server::start();
+    let (root, settings, ledger) = (tempfile::tempdir().unwrap(), quick(), Ledger::default());
+    let images = open_counting(root.path(), &settings, None, ledger.clone()).await.unwrap();
+    let bed = Bed { root, settings, images };
+    server.serve("/1.qcow2", Page::new(content(100 * KIB, 1)));
+    let place = Place::of(bed.root.path()).unwrap();
+    // All that there is.
+    let promise = ledger.at(&place, |room| room.promise(u64::MAX / 2));
+    let refused = bed.images.refuse_full(1).await;
+    assert_eq!(refused.unwrap_err().code(), ErrorCode::CacheFull);
+    let error = assert_code(bed.bring(&server.url("/1.qcow2")).await, ErrorCode::CacheFull);
+    assert!(error.to_string().contains("running jobs will still take"), "{error:?}");
+    assert_eq!(server.count("GET", "/1.qcow2"), 0);
+    drop(promise);
+    let first = bed.download(&server.url("/1.qcow2")).await.unwrap();
+    assert!(bed.usage().reserved_bytes > 0);
+    // What is written of it is promised no more.
+    assert!(ledger.at(&place, |room| room.promised()) <= 100 * KIB as u64);
+    drop(first);
+    assert_eq!(ledger.at(&place, |room| room.promised()), 0);
 }

@@ -43,12 +43,15 @@ use crate::{
     fault,
     host::block::BlockTarget,
     qcow2_file::{Backing, write_overlay},
+    space::Place,
 };
 
 /// Sizes are multiples of this: what every O_DIRECT write and every guest sector size divides.
 const GRANULARITY: u64 = 4096;
 /// A qcow2 image has whole clusters.
 const QCOW2_GRANULARITY: u64 = 64 << 10;
+/// What stat(2) counts in.
+const BLOCKS: u64 = 512;
 
 /// A directory of files of one format.
 #[derive(Debug)]
@@ -144,7 +147,8 @@ impl Directory {
         let tags = record.map_or_else(Tags::default, Record::into_tags);
         let is_image = metadata.is_file() && self.format == DiskFormat::Qcow2;
         let link = if is_image { FileBases { directory: self }.link(&path)? } else { None };
-        Ok(Some(Volume { name, path, size, tags, open: false, unsuitable, link }))
+        let allocated = Some(metadata.blocks() * BLOCKS);
+        Ok(Some(Volume { name, path, size, allocated, tags, open: false, unsuitable, link }))
     }
 
     /// Makes a volume appear: all at once, with its size and tags, and with what it holds.
@@ -227,7 +231,7 @@ impl Directory {
 
     fn space_of(path: &Path) -> Result<Space> {
         let facts = statvfs(path).map_err(|error| Error::io("asking for the space of", path, error.into()))?;
-        Ok(Space { total: facts.f_blocks * facts.f_frsize, free: facts.f_bavail * facts.f_frsize, metadata: None })
+        Ok(Space { total: facts.f_blocks * facts.f_frsize, free: facts.f_bavail * facts.f_frsize, pool: None })
     }
 }
 
@@ -281,8 +285,14 @@ impl VolumeBackend for Directory {
 
     fn capabilities(&self) -> Result<Capabilities> {
         // Files are sparse, but none that is larger than the whole file system could ever be filled.
-        let largest = self.space()?.total;
-        Ok(Capabilities { allocates_whole_size: false, granularity: self.granularity(), largest, is_block: false })
+        let existing = self.existing()?;
+        Ok(Capabilities {
+            place: Place::of(existing)?,
+            allocates_whole_size: false,
+            granularity: self.granularity(),
+            largest: Self::space_of(existing)?.total,
+            is_block: false,
+        })
     }
 
     fn space(&self) -> Result<Space> {

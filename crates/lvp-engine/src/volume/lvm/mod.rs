@@ -29,6 +29,7 @@ use crate::{
         block::BlockTarget,
         cmd::{self, Finished},
     },
+    space::Place,
 };
 
 /// A command of LVM may wait for another one's lock and for udev.
@@ -204,7 +205,8 @@ impl VolumeBackend for Lvm {
     fn capabilities(&self) -> Result<Capabilities> {
         let granularity = number(&self.volume_group()?.vg_extent_size)?;
         let largest = granularity.saturating_mul(MOST_EXTENTS).min(LARGEST_DEVICE);
-        Ok(Capabilities { allocates_whole_size: self.pool.is_none(), granularity, largest, is_block: true })
+        let place = Place::Named(self.label());
+        Ok(Capabilities { place, allocates_whole_size: self.pool.is_none(), granularity, largest, is_block: true })
     }
 
     fn space(&self) -> Result<Space> {
@@ -212,7 +214,7 @@ impl VolumeBackend for Lvm {
             return pool.space();
         }
         let group = self.volume_group()?;
-        Ok(Space { total: number(&group.vg_size)?, free: number(&group.vg_free)?, metadata: None })
+        Ok(Space { total: number(&group.vg_size)?, free: number(&group.vg_free)?, pool: None })
     }
 
     fn list(&self) -> Result<Vec<Volume>> {

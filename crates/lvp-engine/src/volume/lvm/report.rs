@@ -10,7 +10,7 @@ use serde::{Deserialize, de::DeserializeOwned};
 use super::{BASE, THIN_POOL, base};
 use crate::{
     error::{Error, Result},
-    volume::{MetadataSpace, Space, Tags, Volume},
+    volume::{MetadataSpace, PoolSpace, Space, Tags, Volume},
 };
 
 /// The tag of everything that lvp made.
@@ -63,9 +63,12 @@ impl LogicalVolume {
     /// As a volume; `None` for names that no request can mean.
     pub fn into_volume(self) -> Result<Option<Volume>> {
         let Ok(name) = self.lv_name.parse::<VolumeName>() else { return Ok(None) };
+        let size = number(&self.lv_size)?;
+        let allocated = if self.pool_lv.is_empty() { Some(size) } else { part(size, &self.data_percent) };
         Ok(Some(Volume {
             name,
-            size: number(&self.lv_size)?,
+            size,
+            allocated,
             tags: Tags {
                 made_by_lvp: self.is_made_by_lvp(),
                 job: self.tag(JOB_TAG).and_then(|id| id.parse::<JobId>().ok()),
@@ -123,10 +126,11 @@ impl ThinPool {
         Ok(Space {
             total,
             free: total.saturating_sub(part(total, &self.data_percent).unwrap_or(0)),
-            metadata: part(metadata, &self.metadata_percent).map(|used| MetadataSpace {
-                total: metadata,
-                free: metadata.saturating_sub(used),
+            pool: Some(PoolSpace {
+                zeroes: self.zeroes(),
                 chunk,
+                metadata: part(metadata, &self.metadata_percent)
+                    .map(|used| MetadataSpace { total: metadata, free: metadata.saturating_sub(used) }),
             }),
         })
     }

@@ -42,12 +42,14 @@ fn a_pool_tells_its_room_for_data_and_for_metadata() {
     let pools = rows::<ThinPool>(POOLS, "lv").unwrap();
     let space = pools[0].space().unwrap();
     assert_eq!((space.total, space.free), (2 << 30, (2 << 30) / 4 * 3));
-    let metadata = space.metadata.unwrap();
-    assert_eq!((metadata.total, metadata.chunk), (4 << 20, 64 << 10));
+    let pool = space.pool.unwrap();
+    let metadata = pool.metadata.unwrap();
+    assert_eq!((metadata.total, pool.chunk), (4 << 20, 64 << 10));
     // 11.13 % are used.
     assert_eq!(metadata.free, (4 << 20) - 466_827);
-    assert_eq!(pools[1].space().unwrap(), Space { total: 2 << 30, free: 2 << 30, metadata: None });
-    assert_eq!((pools[0].zeroes(), pools[1].zeroes()), (true, false));
+    let inactive = pools[1].space().unwrap();
+    assert_eq!((inactive.total, inactive.free, inactive.pool.unwrap().metadata), (2 << 30, 2 << 30, None));
+    assert_eq!((pool.zeroes, inactive.pool.unwrap().zeroes), (true, false));
 }
 
 #[test]
@@ -148,16 +150,17 @@ mod real {
     fn a_pool_tells_how_full_its_metadata_is() {
         let lvm = lvm(Some("pool0"));
         let before = lvm.space().unwrap();
-        let metadata = before.metadata.unwrap();
+        let pool = before.pool.unwrap();
+        let metadata = pool.metadata.unwrap();
         assert!(metadata.free > 0 && metadata.free < metadata.total, "{metadata:?}");
-        assert_eq!(metadata.chunk, 64 << 10);
+        assert_eq!(pool.chunk, 64 << 10);
         let volume = lvm.create(&NewVolume { name: &"web-1".parse().unwrap(), size: 512 * MIB, job: job() }).unwrap();
         let file = format!("of={}", volume.path.display());
         run("dd", &["if=/dev/zero", &file, "bs=1M", "count=64", "conv=fsync"]).unwrap();
         let after = lvm.space().unwrap();
         assert!(before.free - after.free >= 63 * MIB, "{before:?} {after:?}");
         // 1024 chunks at 48 bytes, about.
-        let taken = metadata.free - after.metadata.unwrap().free;
+        let taken = metadata.free - after.pool.unwrap().metadata.unwrap().free;
         assert!((16 << 10..256 << 10).contains(&taken), "{taken} bytes for 64 MiB");
         lvm.remove(&volume.name).unwrap();
     }
