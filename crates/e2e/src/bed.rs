@@ -18,6 +18,9 @@ pub const THIN_POOL: &str = "pool0";
 /// Where the binary is in the test machine: in its PATH.
 pub const BINARY: &str = "/usr/local/bin/lvp";
 
+/// Where the binary with the points of faults is in the test machine, once it was asked for.
+pub const FAULTY_BINARY: &str = "/usr/local/bin/lvp-faulty";
+
 /// What writing an image out, or comparing a volume with it, may take in the emulated machine.
 const COMPARE: Duration = Duration::from_secs(600);
 /// Takes away what a scenario left, and prints what could not be taken away.
@@ -160,6 +163,31 @@ impl World {
         Product::start(&self.vm, name, environment)
     }
 
+    /// As [`World::serve_in`], by the binary with points that meet these faults (`fault.rs` of lvp's engine says how they
+    /// are written).
+    ///
+    /// # Errors
+    /// As [`World::serve`]; or that binary is not built.
+    pub fn serve_faulty(&self, name: &str, environment: &[(String, String)], faults: &str) -> Result<Product<'_>> {
+        let binary = self.faulty_binary()?;
+        let faults = ("FAILPOINTS".to_owned(), faults.to_owned());
+        Product::start_program(&self.vm, name, &[environment, &[faults]].concat(), binary)
+    }
+
+    /// The binary with the points of faults in the machine; it is copied there when it is first asked for.
+    ///
+    /// # Errors
+    /// It is not built.
+    pub fn faulty_binary(&self) -> Result<&'static str> {
+        let built = faulty_binary();
+        ensure!(built.is_file(), "there is no {}; scripts/e2e makes it", built.display());
+        if self.vm.run(&format!("test -e {FAULTY_BINARY}"))?.code != 0 {
+            self.vm.copy_in(&built, FAULTY_BINARY)?;
+            self.vm.run_ok(&format!("chmod 755 {FAULTY_BINARY}"))?;
+        }
+        Ok(FAULTY_BINARY)
+    }
+
     /// The files in the cache of the daemon NAME, and what else is kept there, but for the lock.
     ///
     /// # Errors
@@ -232,4 +260,10 @@ pub fn target_directory() -> PathBuf {
 /// The binary under test: `TEST_BED_BINARY`, or what `make build` leaves.
 fn binary() -> PathBuf {
     std::env::var_os("TEST_BED_BINARY").map_or_else(|| target_directory().join("release/lvp"), PathBuf::from)
+}
+
+/// The binary with the points of faults on the host: `TEST_BED_FAULTY_BINARY`, or what `scripts/e2e` leaves.
+pub fn faulty_binary() -> PathBuf {
+    let built = || target_directory().join("faults/lvp");
+    std::env::var_os("TEST_BED_FAULTY_BINARY").map_or_else(built, PathBuf::from)
 }

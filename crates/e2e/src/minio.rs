@@ -113,7 +113,8 @@ impl Minio {
         command.env("MINIO_AUDIT_WEBHOOK_ENDPOINT_tests", format!("http://127.0.0.1:{}/", self.audit.port));
         command.stdout(file.try_clone()?).stderr(file);
         let server = Attached::start(command)?;
-        let live = format!("{}/minio/health/live", self.endpoint());
+        // That it is alive it says before it can answer requests.
+        let live = format!("{}/minio/health/cluster", self.endpoint());
         let up = process::until(START, || {
             let mut curl = Command::new("curl");
             let answer = process::output(curl.args(["-sf", &live]), Input::Empty, START);

@@ -36,7 +36,15 @@ impl<'vm> Product<'vm> {
     /// # Errors
     /// It ends, or does not answer; the error quotes its log.
     pub fn start(vm: &'vm Vm, name: &str, environment: &[(String, String)]) -> Result<Self> {
-        let process = vm.spawn(name, environment, &[BINARY, "serve"])?;
+        Self::start_program(vm, name, environment, BINARY)
+    }
+
+    /// As [`Product::start`], by this binary.
+    ///
+    /// # Errors
+    /// As [`Product::start`].
+    pub fn start_program(vm: &'vm Vm, name: &str, environment: &[(String, String)], program: &str) -> Result<Self> {
+        let process = vm.spawn(name, environment, &[program, "serve"])?;
         let product = Self { process, vm };
         product.wait_until_alive()?;
         Ok(product)

@@ -10,7 +10,9 @@ mod bases;
 mod cache;
 mod command;
 mod conformance;
-mod faults;
+mod fault_host;
+mod fault_matrix;
+mod fault_storage;
 mod interruption;
 mod linked;
 mod provision;
@@ -50,7 +52,9 @@ const SUBJECTS: &[(&str, &[Scenario])] = &[
     ("queue", queue::SCENARIOS),
     ("cache", cache::SCENARIOS),
     ("command", command::SCENARIOS),
-    ("faults", faults::SCENARIOS),
+    ("fault_matrix", fault_matrix::SCENARIOS),
+    ("fault_storage", fault_storage::SCENARIOS),
+    ("fault_host", fault_host::SCENARIOS),
 ];
 
 /// What one job, or one command that waits for a job, may take in the emulated machine.
@@ -97,7 +101,7 @@ fn main() -> ExitCode {
     let conclusion = libtest_mimic::run(&arguments, trials);
     // Ends the machines and their MinIO: nothing else holds them now.
     drop(worlds);
-    match faults::never_passed() {
+    match fault_matrix::never_passed() {
         Ok(points) if points.is_empty() => conclusion.exit_code(),
         other => {
             eprintln!("points of the fault matrix that nothing passed: {other:?}");

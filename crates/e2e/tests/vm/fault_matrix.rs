@@ -12,15 +12,16 @@
 use std::{
     collections::BTreeSet,
     env, fs,
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
     sync::{Mutex, PoisonError},
+    time::Instant,
 };
 
 use anyhow::{Context, Result, ensure};
 use e2e::{
-    bed::{World, target_directory},
-    cell::{Action, Here, Place, Ran, Shell},
+    bed::{World, faulty_binary, target_directory},
+    cell::{Action, Facts, Here, Place, Ran, Shell},
     fixture::Fixture,
     images::run,
     verdict::{Promise, Verdict, judge},
@@ -85,10 +86,7 @@ const EMPTY_BASES: &str = "lvs --noheadings --options lv_name vg0 | tr -d ' ' |
 const POOL: &str = "mkdir cache; virsh --quiet pool-info images >/dev/null 2>&1 ||
     { virsh --quiet pool-define-as images dir --target $PWD/cache; virsh --quiet pool-start images; }";
 /// A cell of so many is run where not all are.
-const ONE_OF: usize = 8;
-/// Where the binary with the points is in the test machine.
-const BINARY: &str = "/usr/local/bin/lvp-faulty";
-
+const ONE_OF: usize = 12;
 /// Every point that some kind of volume passed in this run, and how many kinds were run.
 static PASSED: Mutex<(BTreeSet<String>, usize)> = Mutex::new((BTreeSet::new(), 0));
 
@@ -130,17 +128,13 @@ fn points_in_the_code() -> Result<BTreeSet<String>> {
     Ok(found)
 }
 
-/// The binary on the host.
-fn binary() -> PathBuf {
-    env::var_os("TEST_BED_FAULTY_BINARY").map_or_else(|| target_directory().join("faults/lvp"), PathBuf::from)
-}
-
 /// Where and with what the cells of one kind are run.
 struct Matrix<'a> {
     kind: &'a Kind,
     place: Place<'a>,
     promise: Promise,
     request: Value,
+    before: Option<Facts>,
     rows: Vec<Row>,
 }
 
@@ -170,7 +164,7 @@ fn matrix(world: &World, kind: &Kind) -> Result<()> {
 
 impl<'a> Matrix<'a> {
     fn new(world: &'a World, kind: &'a Kind, image: &Fixture, here: &'a Here, directory: &Path) -> Result<Self> {
-        let binary = binary();
+        let binary = faulty_binary();
         ensure!(binary.is_file(), "there is no {}; scripts/e2e makes it", binary.display());
         let published = world.publish(image)?;
         let minio = |endpoint: String| {
@@ -181,12 +175,9 @@ impl<'a> Matrix<'a> {
             ]
         };
         let place = if kind.in_machine {
-            if world.vm.run(&format!("test -e {BINARY}"))?.code != 0 {
-                world.vm.copy_in(&binary, BINARY)?;
-                world.vm.run_ok(&format!("chmod 755 {BINARY}"))?;
-            }
+            let binary = world.faulty_binary()?;
             let settings = minio(world.minio.endpoint_in_vm());
-            Place::new(&world.vm, "/var/lib/lvp-faults", BINARY, Some("vg0"), &settings)?
+            Place::new(&world.vm, "/var/lib/lvp-faults", binary, Some("vg0"), &settings)?
         } else {
             let port = ("PORT", xtask::boot::free_port()?.to_string());
             let libvirt = ("LVP_LIBVIRT_URI", "none".to_owned());
@@ -202,7 +193,7 @@ impl<'a> Matrix<'a> {
         };
         let request = json!({"image_url": published.s3_url, "volume_name": "web", "size": SIZE.to_string(),
             "target": kind.target, "checksum": format!("sha256:{}", image.sha256)});
-        Ok(Self { kind, place, promise, request, rows: Vec::new() })
+        Ok(Self { kind, place, promise, request, before: None, rows: Vec::new() })
     }
 
     fn configuration(&self) -> String {
@@ -269,9 +260,20 @@ impl<'a> Matrix<'a> {
         cells.into_iter().enumerate().filter(|(number, _)| chosen(*number)).map(|(_, cell)| cell).collect()
     }
 
-    fn run(&mut self, faults: &str, point: &str, action: Action) -> Result<()> {
-        self.reset(self.kind.has_base)?;
+    /// What there is before a cell; where nothing is made anew for each, it is always the same.
+    fn before(&mut self) -> Result<Facts> {
+        if let Some(before) = self.before.as_ref().filter(|_| self.kind.prepare.is_empty()) {
+            return Ok(before.clone());
+        }
         let before = self.place.audit()?;
+        self.before = Some(before.clone());
+        Ok(before)
+    }
+
+    fn run(&mut self, faults: &str, point: &str, action: Action) -> Result<()> {
+        let begun = Instant::now();
+        self.reset(self.kind.has_base)?;
+        let before = self.before()?;
         let ran = self.place.run(&self.request, faults, point, Some(action));
         let (status, verdict) = match ran {
             Err(error) => ("-".to_owned(), Verdict::Third(format!("{error:#}"))),
@@ -284,8 +286,10 @@ impl<'a> Matrix<'a> {
         };
         let log = if matches!(verdict, Verdict::Third(_)) { self.place.log() } else { String::new() };
         let fault = format!("{point} {}", action.name());
-        if let Verdict::Third(why) = &verdict {
-            eprintln!("{}: {fault}: {why}", self.kind.name);
+        let seconds = begun.elapsed().as_secs_f32();
+        match &verdict {
+            Verdict::Third(why) => eprintln!("{}: {fault}: {seconds:.1} s: {why}", self.kind.name),
+            other => eprintln!("{}: {fault}: {seconds:.1} s: {other:?}", self.kind.name),
         }
         self.rows.push(Row { fault, status, verdict, log });
         Ok(())

@@ -1,0 +1,335 @@
+//! Storage that fails under a running job: devices by device-mapper, thin pools and caches that become full, LVM itself.
+//!
+//! A volume group `faulty` stands on a device `under`, whose table a scenario changes in the middle of a job, which waits at
+//! a point for that. It leaves out what is refused before a job begins (`refusal`).
+
+use anyhow::{Result, ensure};
+use e2e::{
+    bed::{World, set},
+    product::Product,
+};
+use serde_json::Value;
+use xtask::process::until;
+
+use crate::{JOB, Scenario};
+
+/// The scenarios.
+pub const SCENARIOS: &[Scenario] = &[
+    ("a_write_error_in_the_middle_leaves_nothing", a_write_error_in_the_middle_leaves_nothing),
+    ("a_write_error_on_the_last_block_leaves_nothing", a_write_error_on_the_last_block_leaves_nothing),
+    ("an_error_of_the_last_flush_leaves_nothing", an_error_of_the_last_flush_leaves_nothing),
+    ("a_device_that_vanishes_ends_the_job_and_not_the_daemon", a_device_that_vanishes_ends_the_job),
+    ("a_slow_device_only_takes_its_time", a_slow_device_only_takes_its_time),
+    ("a_thin_pool_that_others_fill_ends_the_job_and_not_the_daemon", a_thin_pool_that_others_fill_ends_the_job),
+    ("a_read_error_in_the_cache_is_told_and_leaves_nothing", a_read_error_in_the_cache_is_told),
+    ("a_cache_that_others_fill_is_told_and_leaves_nothing", a_cache_that_others_fill_is_told),
+    ("a_cache_that_becomes_read_only_is_told", a_cache_that_becomes_read_only_is_told),
+    ("a_lock_of_lvm_that_is_held_is_waited_for", a_lock_of_lvm_that_is_held_is_waited_for),
+    ("output_of_lvm_that_cannot_be_read_changes_nothing", output_of_lvm_that_cannot_be_read_changes_nothing),
+];
+
+/// Where a job that waits at a point says so.
+const WAIT: &str = "/run/lvp-wait";
+/// The sectors of the device under the volume group `faulty`: 200 MiB.
+const SECTORS: u64 = 200 * 2048;
+/// Makes that volume group; its device is a stretch of a volume of `vg0`.
+const MAKE: &str = "lvcreate --quiet --yes --size 200M --name under vg0 >/dev/null
+    dmsetup create under --table '0 409600 linear /dev/vg0/under 0'
+    pvcreate --quiet /dev/mapper/under >/dev/null; vgcreate --quiet faulty /dev/mapper/under >/dev/null; udevadm settle";
+/// Takes it away, whatever its state is. The volumes of a group whose device failed are let go by device-mapper.
+const UNMAKE: &str = "set +e; exec >/tmp/unmake.log 2>&1
+    dmsetup suspend --noflush --nolockfs under; dmsetup reload under --table '0 409600 linear /dev/vg0/under 0'; dmsetup resume under
+    vgremove --force --yes faulty; dmsetup ls | awk '/^faulty-/ { print $1 }' | xargs --no-run-if-empty -n1 dmsetup remove --force
+    dmsetup remove --retry --force under; pvscan --cache; lvremove --force --yes vg0/under; true";
+
+/// The volume group `faulty`, until dropped.
+struct Faulty<'world> {
+    world: &'world World,
+}
+
+impl<'world> Faulty<'world> {
+    fn make(world: &'world World) -> Result<Self> {
+        world.vm.run_ok(MAKE)?;
+        Ok(Self { world })
+    }
+
+    /// Gives the device under the group this table.
+    fn table(&self, table: &str) -> Result<()> {
+        let load = "dmsetup suspend --noflush --nolockfs under; dmsetup load under; dmsetup resume under";
+        self.world.vm.run_ok(&format!("printf '%b' '{table}' | {{ {load}; }}")).map(drop)
+    }
+
+    /// Makes the sectors from `from` on give errors, `count` of them.
+    fn break_sectors(&self, from: u64, count: u64) -> Result<()> {
+        let rest = from + count;
+        let mut table = format!("0 {from} linear /dev/vg0/under 0\\n{from} {count} error\\n");
+        if rest < SECTORS {
+            table.push_str(&format!("{rest} {} linear /dev/vg0/under {rest}\\n", SECTORS - rest));
+        }
+        self.table(&table)
+    }
+
+    /// The first sector of the volume `web` on the device, and how many it has.
+    fn place_of_web(&self) -> Result<(u64, u64)> {
+        let printed = self.world.vm.run_ok(
+            "pe=$(pvs --noheadings --nosuffix --units s -o pe_start /dev/mapper/under | tr -d ' ')
+             dmsetup table faulty-web | awk '{ print $5, $2 }'; : $pe",
+        )?;
+        let mut numbers = printed.split_whitespace().map(str::parse);
+        match (numbers.next(), numbers.next()) {
+            (Some(from), Some(count)) => Ok((from?, count?)),
+            _ => anyhow::bail!("no place: {printed}"),
+        }
+    }
+}
+
+impl Drop for Faulty<'_> {
+    fn drop(&mut self) {
+        let _ = self.world.vm.run(UNMAKE);
+    }
+}
+
+/// A daemon on this group whose jobs wait at a point, and a job that waits there.
+fn waiting_at<'world>(world: &'world World, name: &str, group: &str, point: &str) -> Result<(Product<'world>, String)> {
+    let mut environment = world.environment(name);
+    set(&mut environment, "LVM_VOLUME_GROUP", Some(group));
+    let request = world.publish(&world.small)?.onto("web", "80M");
+    waiting_in(world, name, &environment, point, &request)
+}
+
+fn waiting_in<'world>(
+    world: &'world World,
+    name: &str,
+    environment: &[(String, String)],
+    point: &str,
+    request: &Value,
+) -> Result<(Product<'world>, String)> {
+    world.vm.run_ok(&format!("rm -f {WAIT}"))?;
+    let daemon = world.serve_faulty(name, environment, &format!("{point}=1*return(wait:{WAIT})"))?;
+    let id = daemon.provision(request)?;
+    let waits =
+        until(JOB, || world.vm.run(&format!("test -e {WAIT}")).is_ok_and(|found| found.code == 0).then_some(()));
+    ensure!(waits.is_some(), "the job did not come to {point}: {:#}", daemon.job(&id)?);
+    Ok((daemon, id))
+}
+
+/// Lets the job go on; gives it as it ended.
+fn go_on(world: &World, daemon: &Product<'_>, id: &str) -> Result<Value> {
+    world.vm.run_ok(&format!("rm {WAIT}"))?;
+    let job = daemon.job_ended(id, JOB)?;
+    ensure!(daemon.get("/livez")?.status == 200, "the daemon does not answer");
+    Ok(job)
+}
+
+/// That a job failed with this code and a sentence with `word`, and left no volume in the group.
+fn expect_failed(world: &World, group: &str, job: &Value, code: &str, word: &str) -> Result<()> {
+    ensure!(job["status"] == "failed" && job["error_code"] == code, "not failed with {code}: {job:#}");
+    ensure!(job["error"].as_str().is_some_and(|words| words.contains(word)), "no {word}: {job:#}");
+    ensure!(job["details"].get("not_undone").is_none(), "{job:#}");
+    let left = world.vm.run_ok(&format!("lvs --noheadings -o lv_name {group} | grep -c '^ *web$' || true"))?;
+    ensure!(left == "0", "the volume is left: {job:#}");
+    Ok(())
+}
+
+fn a_write_error_in_the_middle_leaves_nothing(world: &World) -> Result<()> {
+    let faulty = Faulty::make(world)?;
+    let (daemon, id) = waiting_at(world, "middle", "faulty", "ensure_volume.end")?;
+    let (from, count) = faulty.place_of_web()?;
+    faulty.break_sectors(from + count / 4, count / 2)?;
+    let job = go_on(world, &daemon, &id)?;
+    expect_failed(world, "faulty", &job, "input_output", "web")?;
+    // Once the device is in order again, so is the next job.
+    faulty.table("0 409600 linear /dev/vg0/under 0\\n")?;
+    daemon.completed(&world.publish(&world.small)?.onto("web", "80M"))?;
+    world.expect_image("/dev/faulty/web", &world.small)
+}
+
+fn a_write_error_on_the_last_block_leaves_nothing(world: &World) -> Result<()> {
+    let faulty = Faulty::make(world)?;
+    let (daemon, id) = waiting_at(world, "last", "faulty", "ensure_volume.end")?;
+    let (from, count) = faulty.place_of_web()?;
+    faulty.break_sectors(from + count - 8, 8)?;
+    let job = go_on(world, &daemon, &id)?;
+    expect_failed(world, "faulty", &job, "input_output", "web")
+}
+
+fn an_error_of_the_last_flush_leaves_nothing(world: &World) -> Result<()> {
+    let faulty = Faulty::make(world)?;
+    let (daemon, id) = waiting_at(world, "flush", "faulty", "finish_volume.begin")?;
+    // Reads go on, so that LVM finds its group; writes and flushes fail from now on.
+    faulty.table("0 409600 flakey /dev/vg0/under 0 0 3600 1 error_writes\\n")?;
+    world.vm.run_ok(&format!("rm {WAIT}"))?;
+    // The volume cannot be removed while LVM cannot write either: the device is mended before the job takes it back.
+    let failed = until(JOB, || daemon.process.log().is_ok_and(|log| log.contains("could not be undone")).then_some(()));
+    faulty.table("0 409600 linear /dev/vg0/under 0\\n")?;
+    let job = daemon.job_ended(&id, JOB)?;
+    ensure!(job["status"] == "failed", "{job:#}");
+    ensure!(failed.is_none() || job["details"]["not_undone"].to_string().contains("ensure_volume"), "{job:#}");
+    // What could not be taken back is taken back at the next start.
+    daemon.process.kill_9()?;
+    daemon.start_again()?;
+    let gone = || world.vm.run_ok("lvs --noheadings -o lv_name faulty").is_ok_and(|left| left.is_empty()).then_some(());
+    ensure!(until(JOB, gone).is_some(), "left: {}\n{}", world.vm.run_ok("lvs -o+tags faulty")?, daemon.process.log()?);
+    Ok(())
+}
+
+fn a_device_that_vanishes_ends_the_job(world: &World) -> Result<()> {
+    let faulty = Faulty::make(world)?;
+    let (daemon, id) = waiting_at(world, "gone", "faulty", "ensure_volume.end")?;
+    faulty.table("0 409600 error\\n")?;
+    let job = go_on(world, &daemon, &id)?;
+    ensure!(job["status"] == "failed" && job["retryable"] == true, "{job:#}");
+    ensure!(job["details"]["not_undone"].to_string().contains("ensure_volume"), "what is left is said: {job:#}");
+    // When it comes back, a start of the daemon finds what was left and takes it back.
+    faulty.table("0 409600 linear /dev/vg0/under 0\\n")?;
+    world.vm.run_ok("vgck faulty || true")?;
+    daemon.process.kill_9()?;
+    daemon.start_again()?;
+    let gone = || world.vm.run_ok("lvs --noheadings -o lv_name faulty").is_ok_and(|left| left.is_empty()).then_some(());
+    ensure!(until(JOB, gone).is_some(), "left: {}\n{}", world.vm.run_ok("lvs -o+tags faulty")?, daemon.process.log()?);
+    Ok(())
+}
+
+fn a_slow_device_only_takes_its_time(world: &World) -> Result<()> {
+    let faulty = Faulty::make(world)?;
+    let (daemon, id) = waiting_at(world, "slow", "faulty", "ensure_volume.end")?;
+    // Each read and write takes a fifth of a second longer.
+    faulty.table("0 409600 delay /dev/vg0/under 0 200\\n")?;
+    let job = go_on(world, &daemon, &id)?;
+    ensure!(job["status"] == "completed", "{job:#}");
+    faulty.table("0 409600 linear /dev/vg0/under 0\\n")?;
+    world.expect_image("/dev/faulty/web", &world.small)
+}
+
+fn a_thin_pool_that_others_fill_ends_the_job(world: &World) -> Result<()> {
+    // It gives errors when it is full, as pools do after a minute where they are not told to.
+    world.vm.run_ok(
+        "lvcreate --quiet --yes --type thin-pool --size 100M --chunksize 64k --zero y --name small vg0
+         lvchange --quiet --errorwhenfull y vg0/small
+         lvcreate --quiet --yes --virtualsize 200M --thinpool small --name other vg0",
+    )?;
+    let mut environment = world.environment("thin-full");
+    set(&mut environment, "LVM_THIN_POOL", Some("small"));
+    let request = world.publish(&world.large)?.onto("web", "96M");
+    let (daemon, id) = waiting_in(world, "thin-full", &environment, "populate.written", &request)?;
+    let fill = "dd if=/dev/urandom of=/dev/vg0/other bs=1M oflag=direct status=none || true";
+    world.vm.run_ok(&format!("{fill}; test $(lvs --noheadings -o data_percent vg0/small | cut -d. -f1) -ge 99"))?;
+    let job = go_on(world, &daemon, &id)?;
+    ensure!(job["status"] == "failed", "{job:#}");
+    let left = world.vm.run_ok("lvs --noheadings -o lv_name vg0 | tr -d ' ' | sort | tr '\\n' ' '")?;
+    ensure!(left.trim() == "other pool0 small", "left: {left}: {job:#}");
+    world.vm.run_ok("lvremove --yes --quiet vg0/other vg0/small >/dev/null").map(drop)
+}
+
+/// A file system of its own for the cache, of 64 MiB, on a device `cache` over the volume of that name; until dropped.
+struct SmallCache<'world> {
+    world: &'world World,
+}
+
+impl<'world> SmallCache<'world> {
+    fn make(world: &'world World) -> Result<Self> {
+        world.vm.run_ok(
+            "lvcreate --quiet --yes --size 64M --name cache vg0 >/dev/null; mkdir -p /srv/cache
+             dmsetup create cache --table '0 131072 linear /dev/vg0/cache 0'
+             mkfs.ext4 -q -O ^has_journal /dev/mapper/cache; mount /dev/mapper/cache /srv/cache",
+        )?;
+        Ok(Self { world })
+    }
+
+    fn environment(&self, name: &str) -> Vec<(String, String)> {
+        let mut environment = self.world.environment(name);
+        set(&mut environment, "LVP_CACHE_DIR", Some("/srv/cache"));
+        environment
+    }
+}
+
+impl Drop for SmallCache<'_> {
+    fn drop(&mut self) {
+        let unmake = "set +e; exec >/tmp/unmake.log 2>&1; umount --lazy /srv/cache; umount --lazy /srv/cache
+            dmsetup remove --retry --force cache; lvremove --force --yes vg0/cache; true";
+        let _ = self.world.vm.run(unmake);
+    }
+}
+
+fn a_read_error_in_the_cache_is_told(world: &World) -> Result<()> {
+    let cache = SmallCache::make(world)?;
+    let daemon = world.serve_in("unreadable", &cache.environment("unreadable"))?;
+    let published = world.publish(&world.small)?;
+    daemon.completed(&published.onto("web-1", "64M"))?;
+    // A block in the middle of the cached file, as its file system has placed it, in units of 1 KiB.
+    let break_it = "file=$(ls /srv/cache/*.qcow2); sync; echo 3 >/proc/sys/vm/drop_caches
+        block=$(filefrag -b1024 -v $file | awk '$1 == \"0:\" { split($4, at, /\\./); print at[1] + 1024 }')
+        at=$((block * 2)); rest=$((at + 8))
+        dmsetup suspend --noflush --nolockfs cache
+        printf '%b' \"0 $at linear /dev/vg0/cache 0\\\\n$at 8 error\\\\n$rest $((131072 - rest)) linear /dev/vg0/cache $rest\\\\n\" |
+            dmsetup load cache
+        dmsetup resume cache; ! cat $file >/dev/null 2>&1";
+    world.vm.run_ok(break_it)?;
+    let mut request = published.onto("web-2", "64M");
+    request["checksum"] = format!("sha256:{}", world.small.sha256).into();
+    let job = daemon.job_ended(&daemon.provision(&request)?, JOB)?;
+    match job["status"].as_str() {
+        // The damaged file was put aside and the image fetched anew.
+        Some("completed") => world.expect_image("/dev/vg0/web-2", &world.small),
+        _ => {
+            ensure!(job["error"].as_str().is_some_and(|words| words.contains("/srv/cache/")), "{job:#}");
+            ensure!(job["error_code"] == "input_output" && world.volumes()? == ["cache", "web-1"], "{job:#}");
+            Ok(())
+        }
+    }
+}
+
+fn a_cache_that_others_fill_is_told(world: &World) -> Result<()> {
+    let cache = SmallCache::make(world)?;
+    let environment = cache.environment("cache-full");
+    let request = world.publish(&world.large)?.onto("web", "96M");
+    let (daemon, id) = waiting_in(world, "cache-full", &environment, "download.received", &request)?;
+    world.vm.run_ok("fallocate --length 100M /srv/cache/others 2>/dev/null || dd if=/dev/zero of=/srv/cache/others bs=1M status=none || true")?;
+    let job = go_on(world, &daemon, &id)?;
+    ensure!(job["status"] == "failed" && job["error_code"] == "cache_full", "{job:#}");
+    ensure!(world.volumes()? == ["cache"], "{:?}", world.volumes()?);
+    let left = world.vm.run_ok("cd /srv/cache; find . -type f ! -name lock ! -name others")?;
+    ensure!(left.is_empty(), "left: {left}");
+    Ok(())
+}
+
+fn a_cache_that_becomes_read_only_is_told(world: &World) -> Result<()> {
+    let cache = SmallCache::make(world)?;
+    let request = world.publish(&world.small)?.onto("web", "64M");
+    let daemon = world.serve_in("cache-ro", &cache.environment("cache-ro"))?;
+    // What is open stays so; nothing can be made or changed from now on.
+    world.vm.run_ok("mount --bind /srv/cache /srv/cache; mount -o remount,bind,ro /srv/cache")?;
+    let job = daemon.job_ended(&daemon.provision(&request)?, JOB)?;
+    ensure!(
+        job["status"] == "failed" && job["error"].as_str().is_some_and(|words| words.contains("/srv/cache")),
+        "{job:#}"
+    );
+    ensure!(world.volumes()? == ["cache"], "{:?}", world.volumes()?);
+    let health = daemon.get("/health")?;
+    ensure!(health.body.contains("/srv/cache") && health.status == 503, "{} {}", health.status, health.body);
+    Ok(())
+}
+
+fn a_lock_of_lvm_that_is_held_is_waited_for(world: &World) -> Result<()> {
+    let (daemon, id) = waiting_at(world, "locked", "vg0", "ensure_volume.begin")?;
+    // As another command of LVM holds it.
+    let _holder = world.vm.spawn("holder", &[], &["flock", "/run/lock/lvm/V_vg0", "sleep", "20"])?;
+    world.vm.run_ok("until ! flock --nonblock /run/lock/lvm/V_vg0 true; do sleep 0.05; done")?;
+    let job = go_on(world, &daemon, &id)?;
+    ensure!(job["status"] == "completed", "{job:#}");
+    world.expect_image("/dev/vg0/web", &world.small)
+}
+
+fn output_of_lvm_that_cannot_be_read_changes_nothing(world: &World) -> Result<()> {
+    world.make_volume("web", "--size 64M")?;
+    let before = world.content("web")?;
+    // A later LVM might say it so.
+    world.vm.run_ok("mkdir -p /opt/other; printf '#!/bin/sh\\necho \"{ \\\"report\\\": 7 }\"\\n' >/opt/other/lvs; chmod 755 /opt/other/lvs")?;
+    let mut environment = world.environment("strange");
+    set(&mut environment, "PATH", Some("/opt/other:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"));
+    let daemon = world.serve_in("strange", &environment)?;
+    let job = daemon.job_ended(&daemon.provision(&world.publish(&world.small)?.onto("web", "64M"))?, JOB)?;
+    ensure!(job["status"] == "failed" && job["error"].as_str().is_some_and(|words| words.contains("lvs")), "{job:#}");
+    ensure!(world.content("web")? == before && world.volumes()? == ["web"], "something was touched");
+    world.vm.run_ok("rm -r /opt/other").map(drop)
+}
