@@ -6,7 +6,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 TOOLS := scripts/install-tools
 BENCH := $(CARGO) bench --workspace --locked --features lvp/bench --bench performance
 
-.PHONY: help build build-linux run demo test e2e lint format fuzz-smoke fuzz bench bench-document schema clean
+.PHONY: help build build-linux run demo test e2e faults lint format fuzz-smoke fuzz bench bench-document schema clean
 
 help: ## List the verbs
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -34,6 +34,12 @@ e2e: build ## Run the scenarios on real LVM, libvirt and MinIO, in a virtual mac
 	$(CARGO) xtask bed build
 	$(CARGO) xtask minio build
 	scripts/e2e
+
+faults: build ## Break provisions at every point, in every way; tables in target/faults (an hour)
+	$(TOOLS) all
+	$(CARGO) xtask bed build
+	$(CARGO) xtask minio build
+	FAULTS_ALL=1 scripts/e2e fault_
 
 lint: ## Check format, lints and documentation
 	$(TOOLS) build
