@@ -104,17 +104,15 @@ fn a_clock_that_is_set_changes_nothing(world: &World) -> Result<()> {
     Ok(())
 }
 
-/// How often the power is cut; `make faults` cuts it at 20 moments.
-fn cuts() -> u64 {
-    if std::env::var_os("FAULTS_ALL").is_some() { 20 } else { 2 }
-}
+/// How often the power is cut.
+const CUTS: u64 = 20;
 
 /// At moments that a generator chooses, and says: from the submission to a while after a usual job's end.
 fn what_was_reported_complete_survives_a_power_cut(world: &World) -> Result<()> {
     let seed = std::env::var("FAULTS_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(7);
     let mut random = fastrand::Rng::with_seed(seed);
     let published = world.publish(&world.small)?;
-    for cut in 0..cuts() {
+    for cut in 0..CUTS {
         let volume = format!("web-{cut}");
         let daemon = world.serve("cut")?;
         let id = daemon.provision(&published.onto(&volume, "80M"))?;

@@ -329,7 +329,10 @@ fn output_of_lvm_that_cannot_be_read_changes_nothing(world: &World) -> Result<()
     set(&mut environment, "PATH", Some("/opt/other:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"));
     let daemon = world.serve_in("strange", &environment)?;
     let job = daemon.job_ended(&daemon.provision(&world.publish(&world.small)?.onto("web", "64M"))?, JOB)?;
-    ensure!(job["status"] == "failed" && job["error"].as_str().is_some_and(|words| words.contains("lvs")), "{job:#}");
+    ensure!(
+        job["status"] == "failed" && job["details"]["command"].as_str().is_some_and(|words| words.starts_with("lvs ")),
+        "{job:#}"
+    );
     ensure!(world.content("web")? == before && world.volumes()? == ["web"], "something was touched");
     world.vm.run_ok("rm -r /opt/other").map(drop)
 }

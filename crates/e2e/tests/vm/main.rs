@@ -57,6 +57,20 @@ const SUBJECTS: &[(&str, &[Scenario])] = &[
     ("fault_host", fault_host::SCENARIOS),
 ];
 
+/// Those that `make faults` runs and nobody else: they take minutes, and what they show others show in part.
+const LONG: &[&str] = &[
+    "fault_storage::a_write_error_on_the_last_block_leaves_nothing",
+    "fault_storage::an_error_of_the_last_flush_leaves_nothing",
+    "fault_storage::a_slow_device_only_takes_its_time",
+    "fault_storage::a_read_error_in_the_cache_is_told_and_leaves_nothing",
+    "fault_storage::a_cache_that_becomes_read_only_is_told",
+    "fault_storage::a_lock_of_lvm_that_is_held_is_waited_for",
+    "fault_host::a_libvirt_that_hangs_ends_the_job_and_not_the_daemon",
+    "fault_host::a_libvirt_that_restarts_is_no_failure",
+    "fault_host::a_clock_that_is_set_changes_nothing",
+    "fault_host::what_was_reported_complete_survives_a_power_cut",
+];
+
 /// What one job, or one command that waits for a job, may take in the emulated machine.
 const JOB: Duration = Duration::from_secs(300);
 
@@ -117,6 +131,7 @@ fn machines() -> usize {
 
 fn trial(name: String, scenario: fn(&World) -> Result<()>, worlds: &Arc<Worlds>) -> Trial {
     let worlds = Arc::clone(worlds);
+    let left_out = LONG.contains(&name.as_str()) && env::var_os("FAULTS_ALL").is_none();
     Trial::test(name.clone(), move || {
         let world = worlds.take()?;
         let begun = Instant::now();
@@ -131,6 +146,7 @@ fn trial(name: String, scenario: fn(&World) -> Result<()>, worlds: &Arc<Worlds>)
         worlds.give_back(world);
         outcome
     })
+    .with_ignored_flag(left_out)
 }
 
 /// Runs a scenario; a panic in it is a failure like any other, so that its logs are collected too.
