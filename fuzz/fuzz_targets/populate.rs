@@ -15,8 +15,11 @@ use std::{
 use libfuzzer_sys::{Corpus, fuzz_target};
 use lvp_api::{ContentDigest, ImageFormat, ZeroPolicy};
 use lvp_engine::{
-    format::{Bytes, Decoder, Extent, Image, PopulateOptions, inspect, populate, sync},
-    host::{block::BlockTarget, priority::IoPriority},
+    format::{Bytes, Decoder, Extent, Image, PopulateOptions, inspect, populate},
+    host::{
+        block::{BlockTarget, OpenTarget},
+        priority::IoPriority,
+    },
     progress::Progress,
 };
 use lvp_fuzz::{assert_refusal, disk_size, image, opened, walk};
@@ -57,7 +60,8 @@ fn copied(image: &Image, expected: Option<&[u8]>, size: u64, reads_zero: bool) -
     }
     let path = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
     let target = BlockTarget { path, offset: 0, size, reads_zero };
-    let outcome = populate(image, &target, &OPTIONS, &Progress::default());
+    let open = OpenTarget::open(&target).unwrap();
+    let outcome = populate(image, &open, &OPTIONS, &Progress::default());
     assert_eq!(file.metadata().unwrap().len(), size, "a write outside the target");
     let done = match outcome {
         Ok(done) => done,
@@ -67,7 +71,7 @@ fn copied(image: &Image, expected: Option<&[u8]>, size: u64, reads_zero: bool) -
             return None;
         }
     };
-    sync(&target).unwrap();
+    open.sync().unwrap();
     let (counts, expected) = (done.counts, expected.expect("a copy of what cannot be decoded fails"));
     assert_eq!(counts.bytes_written + counts.bytes_zeroed + counts.bytes_skipped, size);
     assert!(counts.bytes_offloaded <= counts.bytes_zeroed && counts.bytes_left == 0);

@@ -108,7 +108,7 @@ error_codes! {
     TargetNotFound = "target_not_found", 404, NOT_FOUND, false;
     /// The path exists, but not for this method.
     MethodNotAllowed = "method_not_allowed", 405, USAGE, false;
-    /// The volume is open, mounted, part of a stack of devices, or attached to a running domain.
+    /// The volume is open, locked, mounted, below other devices, a physical volume, or attached to a running domain.
     VolumeInUse = "volume_in_use", 409, CONFLICT, true;
     /// The volume exists with another size than asked, or too small for the image.
     VolumeIncompatible = "volume_incompatible", 409, CONFLICT, false;

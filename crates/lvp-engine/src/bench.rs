@@ -3,14 +3,14 @@
 //! Built with the feature `bench` only; nothing else uses it. It leaves out jobs and everything that is measured through
 //! the product itself.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
 use lvp_api::{Digest, ImageFormat};
 
 use crate::{
     error::{Error, Result},
-    format::{self, PopulateOptions, Populated},
-    host::block::BlockTarget,
+    format::{PopulateOptions, Populated},
+    host::block::{BlockTarget, OpenTarget},
     image::{ImageSettings, Images, SourceSettings},
     limit::Limits,
     progress::Progress,
@@ -77,19 +77,20 @@ pub async fn to_device(wanted: ToDevice) -> Result<Populated> {
     let progress = Progress::default();
     let resolved = provision::resolve(&services, &order, &progress).await?;
     let examined = provision::examine(&resolved, &order, &progress).await?;
+    let open = Arc::new(OpenTarget::open(&target)?);
     let transfer = Transfer {
         images: &services.images,
         resolved: &resolved,
         declared: format,
         examined,
-        target: &target,
+        target: &open,
         known: None,
         options,
         progress: &progress,
     };
     match transfer.run().await? {
         Transferred::Done { populated, .. } => {
-            format::sync(&target)?;
+            open.sync()?;
             Ok(populated)
         }
         Transferred::Again { .. } => Err(Error::internal("the transfer was in vain")),

@@ -11,6 +11,14 @@ pub const SCENARIOS: &[Scenario] = &[
     ("a_volume_that_a_program_has_open_is_in_use", a_volume_that_a_program_has_open_is_in_use),
     ("a_volume_under_another_device_is_in_use", a_volume_under_another_device_is_in_use),
     ("the_disk_of_an_active_domain_is_in_use_and_of_one_shut_off_is_not", the_disk_of_an_active_domain_is_in_use),
+    ("a_volume_mounted_in_another_namespace_is_in_use", a_volume_mounted_in_another_namespace_is_in_use),
+    ("a_volume_by_its_other_name_is_in_use", a_volume_by_its_other_name_is_in_use),
+    ("a_volume_below_an_overlay_of_a_domain_is_in_use", a_volume_below_an_overlay_of_a_domain_is_in_use),
+    ("a_volume_with_a_physical_volume_in_it_is_refused", a_volume_with_a_physical_volume_in_it_is_refused),
+    (
+        "a_domain_that_starts_while_its_volume_is_written_gets_none_or_fails_the_job",
+        a_domain_that_starts_while_its_volume_is_written_gets_none_or_fails_the_job,
+    ),
     ("a_volume_larger_than_the_group_is_refused", a_volume_larger_than_the_group_is_refused),
     ("an_image_larger_than_its_thin_pool_is_refused", an_image_larger_than_its_thin_pool_is_refused),
     ("two_jobs_never_count_on_the_same_space_of_a_thin_pool", two_jobs_never_count_on_the_same_space_of_a_thin_pool),
@@ -64,6 +72,92 @@ fn the_disk_of_an_active_domain_is_in_use(world: &World) -> Result<()> {
     world.vm.run_ok("virsh destroy holder; udevadm settle")?;
     let daemon = world.serve("detached")?;
     daemon.completed(&world.publish(&world.small)?.onto("web", "64M"))?;
+    world.expect_image("/dev/vg0/web", &world.small)
+}
+
+fn a_volume_mounted_in_another_namespace_is_in_use(world: &World) -> Result<()> {
+    world.vm.run_ok("lvcreate --yes --name web --size 64M vg0; mkfs.ext4 -q /dev/vg0/web; udevadm settle")?;
+    let mount = "mount -o ro /dev/vg0/web /mnt && exec sleep 600";
+    let _apart =
+        world.vm.spawn("apart", &[], &["unshare", "--mount", "--propagation", "private", "sh", "-c", mount])?;
+    world.vm.run_ok("until grep -qs /dev/mapper/vg0-web /proc/[0-9]*/mountinfo; do sleep 0.1; done")?;
+    ensure!(!world.vm.run_ok("cat /proc/self/mountinfo")?.contains("vg0-web"), "it is mounted elsewhere only");
+    expect_in_use(world, "apart", "mounted at /mnt")
+}
+
+fn a_volume_by_its_other_name_is_in_use(world: &World) -> Result<()> {
+    world.make_volume("web", "--size 64M")?;
+    let id = world.vm.run_ok(
+        "for one in /dev/disk/by-id/dm-uuid-LVM-*; do
+             if [ $one -ef /dev/vg0/web ]; then echo $one; fi
+         done",
+    )?;
+    ensure!(!id.trim().is_empty(), "udev gives the volume no name by its id");
+    for (state, device) in [("mapper", "/dev/mapper/vg0-web"), ("by-id", id.trim())] {
+        world.paused_domain("holder", device)?;
+        expect_in_use(world, state, "holder")?;
+        world.vm.run_ok("virsh destroy holder; virsh undefine holder; udevadm settle")?;
+    }
+    Ok(())
+}
+
+fn a_volume_below_an_overlay_of_a_domain_is_in_use(world: &World) -> Result<()> {
+    world.make_volume("web", "--size 64M")?;
+    let top = "/var/lib/bed/top.qcow2";
+    world.vm.run_ok(&format!("qemu-img create -q -f qcow2 -b /dev/vg0/web -F raw {top}"))?;
+    world.paused_domain_on("holder", top, "qcow2")?;
+    let outcome = expect_in_use(world, "below", "attached to the active domain holder");
+    world.vm.run_ok(&format!("virsh destroy holder; rm {top}; udevadm settle"))?;
+    outcome
+}
+
+fn a_volume_with_a_physical_volume_in_it_is_refused(world: &World) -> Result<()> {
+    world.make_volume("web", "--size 64M")?;
+    // As in a guest, or on a host that looks for volume groups in volumes; the group is not active.
+    let inside = "--config devices/scan_lvs=1";
+    world.vm.run_ok(&format!(
+        "pvcreate {inside} --yes /dev/vg0/web && vgcreate {inside} inner /dev/vg0/web && vgchange {inside} -an inner; udevadm settle"
+    ))?;
+    let before = world.content("web")?;
+    let daemon = world.serve("label")?;
+    let order = world.publish(&world.small)?.onto("web", "64M");
+    for state in ["-ay", "-an"] {
+        world.vm.run_ok(&format!("lvchange {state} vg0/web; udevadm settle"))?;
+        let job = daemon.failed(&order, "volume_in_use")?;
+        ensure!(job["error"].as_str().is_some_and(|words| words.contains("is a physical volume of LVM")), "{job:#}");
+        ensure!(job["hint"].as_str().is_some_and(|words| words.contains("wipefs")), "{job:#}");
+        ensure!(job["retryable"] == false, "{job:#}");
+    }
+    world.vm.run_ok("lvchange -ay vg0/web; udevadm settle")?;
+    ensure!(world.content("web")? == before, "the volume was touched");
+    world.vm.run_ok("wipefs --all /dev/vg0/web; udevadm settle")?;
+    daemon.completed(&order)?;
+    world.expect_image("/dev/vg0/web", &world.small)
+}
+
+fn a_domain_that_starts_while_its_volume_is_written_gets_none_or_fails_the_job(world: &World) -> Result<()> {
+    world.make_volume("web", "--size 64M")?;
+    let daemon = world.serve("late")?;
+    let mut slow = world.publish(&world.small)?.onto("web", "64M");
+    slow["limit_rate"] = "1M".into();
+    let id = daemon.provision(&slow)?;
+    daemon.populating(&id)?;
+    let started = world.paused_domain("late", "/dev/vg0/web").is_ok();
+    let job = daemon.job_ended(&id, JOB)?;
+    let tags = world.fact("web", "lv_tags")?;
+    if started {
+        ensure!(job["status"] == "failed" && job["error_code"] == "volume_in_use", "{job:#}");
+        ensure!(
+            job["error"].as_str().is_some_and(|words| words.contains("came into use") && words.contains("late")),
+            "{job:#}"
+        );
+        ensure!(!tags.contains("lvp.image"), "it says that it holds the image: {tags}");
+    } else {
+        ensure!(job["status"] == "completed" && tags.contains("lvp.image"), "{job:#} {tags}");
+    }
+    world.vm.run_ok("virsh destroy late || true; udevadm settle")?;
+    slow["limit_rate"] = serde_json::Value::Null;
+    daemon.completed(&slow)?;
     world.expect_image("/dev/vg0/web", &world.small)
 }
 

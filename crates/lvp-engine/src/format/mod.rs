@@ -37,7 +37,7 @@ use lvp_api::{ErrorCode, ImageFormat};
 pub use bytes::{Bytes, FileBytes, GrowingBytes};
 pub use container::{begin_qcow2, end_qcow2, qcow2_data_offset};
 pub use overlay::OverlayBytes;
-pub use populate::{Counts, PopulateOptions, Populated, populate, sync};
+pub use populate::{Counts, PopulateOptions, Populated, populate};
 pub use qcow2::Decoder;
 use stream::{Compression, Disk};
 pub use verify::{content_digest, first_difference};

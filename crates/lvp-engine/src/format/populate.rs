@@ -3,8 +3,8 @@
 //! The target is cut into chunks on a fixed grid, so that every block of it has one writer and every write is aligned.
 //! Workers take chunks one after the other from a [`Plan`], which walks the image's extents; each assembles a chunk in
 //! its own buffer, and writes what is not zero. What reads as zero already is left alone; other zeros are made by the
-//! target where they are long. A compressed raw image has no extents: see [`stream`]. It leaves out the final flush
-//! ([`sync`]), which is the caller's next step.
+//! target where they are long. A compressed raw image has no extents: see [`stream`]. It leaves out opening the target, which
+//! its caller holds, and the final flush ([`OpenTarget::sync`]), which is the caller's next step.
 
 mod crew;
 mod plan;
@@ -102,23 +102,18 @@ impl std::ops::AddAssign for Counts {
 /// Copies the image to the target and zeroes the rest of it.
 ///
 /// Enters the stage `populating`, whose total is the work: the image's stored bytes where the target reads zero (of a
-/// compressed raw image, its own size), else the target's size. Does not flush: see [`sync`].
+/// compressed raw image, its own size), else the target's size. Does not flush: see [`OpenTarget::sync`].
 ///
 /// # Errors
 /// `image_too_large` when the target is smaller than the disk, which of a compressed raw image may show only when the
 /// target is full: see [`measure`](super::measure); what the image, the target or `progress` give. The first error of any
 /// worker stops all of them; the target is then partly written.
-pub fn populate(
-    image: &Image,
-    target: &BlockTarget,
-    options: &PopulateOptions,
-    progress: &Progress,
-) -> Result<Populated> {
+pub fn populate(image: &Image, open: &OpenTarget, options: &PopulateOptions, progress: &Progress) -> Result<Populated> {
+    let target = open.target();
     if image.least_size() > target.size {
         return Err(too_large(image.least_size(), target));
     }
     progress.check()?;
-    let open = OpenTarget::open(target)?;
     let workers = options.workers.clamp(1, PopulateOptions::WORKERS_LIMIT);
     let content = ContentHasher::default();
     let end = match (options.zero, image.virtual_size()) {
@@ -127,19 +122,19 @@ pub fn populate(
     };
     progress.enter(Stage::Populating, if target.reads_zero { image.data_bytes() } else { end });
     if let Some(disk) = image.stream(progress, target.reads_zero)? {
-        let counts = stream::copy(disk, &open, target, &content, PopulateOptions { workers, ..*options }, progress)?;
+        let counts = stream::copy(disk, open, target, &content, PopulateOptions { workers, ..*options }, progress)?;
         return Ok(Populated { counts, content: content.finish() });
     }
     let chunk = CHUNK.max(image.cluster_size());
     let copy = Copy {
         image,
-        target: &open,
+        target: open,
         reads_zero: target.reads_zero,
         chunk,
         progress,
         plan: Mutex::new(Plan::new(image.extents(), end, chunk)),
         content: &content,
-        crew: Crew::new(progress, &open, options.io_priority),
+        crew: Crew::new(progress, open, options.io_priority),
     };
     let mut counts = run_workers(&copy, workers)?;
     counts.bytes_left = target.size - end;
@@ -160,14 +155,6 @@ fn run_workers(copy: &Copy<'_>, workers: usize) -> Result<Counts> {
         }
         crew::collect(threads)
     })
-}
-
-/// Flushes a target to stable storage.
-///
-/// # Errors
-/// As [`OpenTarget::open`] and [`OpenTarget::sync`].
-pub fn sync(target: &BlockTarget) -> Result<()> {
-    OpenTarget::open(target)?.sync()
 }
 
 /// What the workers of one copy share.

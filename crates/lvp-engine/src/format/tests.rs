@@ -24,10 +24,13 @@ use lvp_api::{ImageFormat, ZeroPolicy};
 
 pub use stream::packed;
 
-use super::{Bytes, FileBytes, GrowingBytes, Image, PopulateOptions, inspect, populate, populate::Counts, sync};
+use super::{Bytes, FileBytes, GrowingBytes, Image, PopulateOptions, Populated, inspect, populate::Counts};
 use crate::{
     error::Result,
-    host::{block::BlockTarget, priority::IoPriority},
+    host::{
+        block::{BlockTarget, OpenTarget},
+        priority::IoPriority,
+    },
     progress::Progress,
     watermark::Watermark,
 };
@@ -36,6 +39,21 @@ use crate::{
 const OLD: u8 = 0xaa;
 const OPTIONS: PopulateOptions =
     PopulateOptions { workers: 2, zero: ZeroPolicy::Full, io_priority: IoPriority::Normal };
+
+/// Opens the target and copies to it.
+pub fn populate(
+    image: &Image,
+    target: &BlockTarget,
+    options: &PopulateOptions,
+    progress: &Progress,
+) -> Result<Populated> {
+    super::populate(image, &OpenTarget::open(target)?, options, progress)
+}
+
+/// Flushes a target.
+pub fn sync(target: &BlockTarget) -> Result<()> {
+    OpenTarget::open(target)?.sync()
+}
 
 /// An image in memory.
 pub struct Memory(pub Vec<u8>);

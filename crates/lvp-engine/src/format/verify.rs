@@ -145,7 +145,7 @@ mod tests {
     use super::*;
     use crate::{
         format::{FileBytes, PopulateOptions, populate},
-        host::block::BlockTarget,
+        host::block::{BlockTarget, OpenTarget},
     };
 
     const MIB: u64 = 1 << 20;
@@ -172,7 +172,7 @@ mod tests {
                 let target = BlockTarget { path: volume.clone(), offset: 0, size, reads_zero };
                 let done = populate(
                     &image,
-                    &target,
+                    &OpenTarget::open(&target).unwrap(),
                     &PopulateOptions { workers: 2, zero, ..PopulateOptions::default() },
                     &Progress::default(),
                 );

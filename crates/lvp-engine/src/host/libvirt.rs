@@ -11,7 +11,10 @@ use std::{
 };
 
 use lvp_api::ErrorCode;
-use quick_xml::{Reader, events::Event};
+use quick_xml::{
+    Reader,
+    events::{BytesStart, Event},
+};
 use virt::{connect::Connect, sys};
 
 use crate::error::{Error, Result};
@@ -26,6 +29,8 @@ pub struct AttachedDisk {
     pub domain: String,
     /// The file or device, of the disk itself or of a link in its backing chain.
     pub path: PathBuf,
+    /// Whether the domain reads it as qcow2, so that it may name a file below.
+    pub is_qcow2: bool,
 }
 
 /// libvirt at a URI. Holds no connection.
@@ -63,7 +68,7 @@ impl Libvirt {
             for domain in connection.list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE)? {
                 // A domain that ends between the list and this has no disks in use.
                 let (Ok(name), Ok(xml)) = (domain.name(), domain.xml_desc(0)) else { continue };
-                for source in disk_sources(&xml) {
+                for (source, is_qcow2) in disk_sources(&xml) {
                     let path = match source {
                         DiskSource::Path(path) => Some(path),
                         DiskSource::Volume { pool, volume } => connection
@@ -72,7 +77,8 @@ impl Libvirt {
                             .and_then(|volume| volume.path())
                             .ok(),
                     };
-                    disks.extend(path.map(|path| AttachedDisk { domain: name.clone(), path: PathBuf::from(path) }));
+                    let domain = name.clone();
+                    disks.extend(path.map(|path| AttachedDisk { domain, path: PathBuf::from(path), is_qcow2 }));
                 }
             }
             Ok(disks)
@@ -168,33 +174,58 @@ enum DiskSource {
     Volume { pool: String, volume: String },
 }
 
-/// All `<source>` elements inside `<disk>` elements: of the disks and of their backing chains
-/// (libvirt's domain XML format, section "Hard drives, floppy disks, CDROMs").
-fn disk_sources(xml: &str) -> Vec<DiskSource> {
+/// The elements that have a source and its format: a disk, what it shows below, and where it is being moved to.
+const LINKS: [&str; 3] = ["disk", "backingStore", "mirror"];
+
+/// All `<source>` elements inside `<disk>` elements, and whether each is read as qcow2: of the disks and of their backing
+/// chains (libvirt's domain XML format, section "Hard drives, floppy disks, CDROMs").
+fn disk_sources(xml: &str) -> Vec<(DiskSource, bool)> {
     let mut reader = Reader::from_str(xml);
-    let mut inside_disk = 0_usize;
-    let mut sources = Vec::new();
+    // For each link that we are inside of, which of the sources are its own, and whether it is qcow2.
+    let mut inside: Vec<(Vec<usize>, bool)> = Vec::new();
+    let mut sources: Vec<(DiskSource, bool)> = Vec::new();
     loop {
         match reader.read_event() {
-            Ok(Event::Start(element)) if element.name().as_ref() == "disk" => inside_disk += 1,
-            Ok(Event::End(element)) if element.name().as_ref() == "disk" => inside_disk = inside_disk.saturating_sub(1),
-            Ok(Event::Start(element) | Event::Empty(element))
-                if inside_disk > 0 && element.name().as_ref() == "source" =>
-            {
-                let attribute = |name: &str| {
-                    let attribute = element.try_get_attribute(name).ok()??;
-                    Some(attribute.normalized_value(quick_xml::XmlVersion::Implicit1_0).ok()?.into_owned())
-                };
-                if let Some(path) = attribute("file").or_else(|| attribute("dev")) {
-                    sources.push(DiskSource::Path(path));
-                } else if let (Some(pool), Some(volume)) = (attribute("pool"), attribute("volume")) {
-                    sources.push(DiskSource::Volume { pool, volume });
+            Ok(Event::Start(element)) if is_link(&element, !inside.is_empty()) => inside.push((Vec::new(), false)),
+            Ok(Event::End(element)) if LINKS.contains(&element.name().as_ref()) => {
+                let (own, is_qcow2) = inside.pop().unwrap_or_default();
+                own.into_iter().for_each(|index| sources[index].1 = is_qcow2);
+            }
+            Ok(Event::Start(element) | Event::Empty(element)) => {
+                let Some((own, is_qcow2)) = inside.last_mut() else { continue };
+                match element.name().as_ref() {
+                    "source" => {
+                        if let Some(source) = source(&element) {
+                            own.push(sources.len());
+                            sources.push((source, false));
+                        }
+                    }
+                    "driver" | "format" => *is_qcow2 |= attribute(&element, "type").as_deref() == Some("qcow2"),
+                    _ => {}
                 }
             }
             Ok(Event::Eof) | Err(_) => return sources,
             Ok(_) => {}
         }
     }
+}
+
+/// Outside of disks only a disk is one.
+fn is_link(element: &BytesStart<'_>, inside: bool) -> bool {
+    let name = element.name();
+    name.as_ref() == "disk" || (inside && LINKS.contains(&name.as_ref()))
+}
+
+fn source(element: &BytesStart<'_>) -> Option<DiskSource> {
+    if let Some(path) = attribute(element, "file").or_else(|| attribute(element, "dev")) {
+        return Some(DiskSource::Path(path));
+    }
+    Some(DiskSource::Volume { pool: attribute(element, "pool")?, volume: attribute(element, "volume")? })
+}
+
+fn attribute(element: &BytesStart<'_>, name: &str) -> Option<String> {
+    let attribute = element.try_get_attribute(name).ok()??;
+    Some(attribute.normalized_value(quick_xml::XmlVersion::Implicit1_0).ok()?.into_owned())
 }
 
 /// The text of `<target><path>` in a pool's XML.
@@ -217,19 +248,27 @@ mod tests {
     #[test]
     fn the_disks_of_a_domain_include_its_backing_chain() {
         let xml = "<domain><devices>
-            <disk type='block' device='disk'><source dev='/dev/vg0/web' index='1'/><backingStore/></disk>
-            <disk type='file'><source file='/srv/a &amp; b.qcow2'><privateData/></source>
-              <backingStore type='file'><format type='raw'/><source file='/srv/base.raw'/></backingStore></disk>
-            <disk type='volume'><source pool='images' volume='x.qcow2'/></disk>
+            <disk type='block' device='disk'><driver name='qemu' type='raw'/>
+              <source dev='/dev/vg0/web' index='1'/><backingStore/></disk>
+            <disk type='file'><driver name='qemu' type='qcow2'/><source file='/srv/a &amp; b.qcow2'><privateData/></source>
+              <backingStore type='file'><format type='qcow2'/><source file='/srv/middle.qcow2'/>
+                <backingStore type='block'><source dev='/dev/mapper/vg0-base'/><format type='raw'/></backingStore>
+              </backingStore></disk>
+            <disk type='file'><source file='/srv/old.raw'/>
+              <mirror type='block' job='copy'><format type='raw'/><source dev='/dev/vg0/new'/></mirror></disk>
+            <disk type='volume'><source pool='images' volume='x.qcow2'/><driver type='qcow2'/></disk>
             <interface type='network'><source network='default'/></interface>
           </devices></domain>";
         assert_eq!(
             disk_sources(xml),
             [
-                DiskSource::Path("/dev/vg0/web".into()),
-                DiskSource::Path("/srv/a & b.qcow2".into()),
-                DiskSource::Path("/srv/base.raw".into()),
-                DiskSource::Volume { pool: "images".into(), volume: "x.qcow2".into() },
+                (DiskSource::Path("/dev/vg0/web".into()), false),
+                (DiskSource::Path("/srv/a & b.qcow2".into()), true),
+                (DiskSource::Path("/srv/middle.qcow2".into()), true),
+                (DiskSource::Path("/dev/mapper/vg0-base".into()), false),
+                (DiskSource::Path("/srv/old.raw".into()), false),
+                (DiskSource::Path("/dev/vg0/new".into()), false),
+                (DiskSource::Volume { pool: "images".into(), volume: "x.qcow2".into() }, true),
             ]
         );
     }

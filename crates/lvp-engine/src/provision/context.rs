@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::{
     admission::{self, Admission},
-    in_use::{find_settled, refuse_in_use},
+    in_use::{find_settled, refuse_in_use, refuse_overwriting},
     known::{Known, gone, lost_tags},
     new_volume::Destination,
     order::{Order, VolumeOrder},
@@ -23,6 +23,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     format::{Image, PopulateOptions, Populated},
+    host::block::OpenTarget,
     image::{Entry, Fetch, Resolved, Stamp},
     job::Stored,
     limit::Limits,
@@ -104,6 +105,9 @@ pub struct Context {
     pub(super) fetched: u64,
     /// What is written.
     pub(super) destination: Option<Destination>,
+    /// The same, held against everybody else from when it is made or readied until it says what it holds. What is to be
+    /// removed, or sealed, is let go before.
+    pub(super) held: Option<Arc<OpenTarget>>,
     /// The volume, once it is made or readied.
     pub(super) known: Option<Known>,
     /// The space that it was promised.
@@ -130,6 +134,7 @@ impl Context {
             image: None,
             fetched: 0,
             destination: None,
+            held: None,
             known: None,
             admission: None,
             base_lock: None,
@@ -219,7 +224,7 @@ impl Context {
             }
             Some(volume) => {
                 plan::compatible(&volume, &wanted, virtual_size)?;
-                refuse_in_use(&volume, services.libvirt.as_ref())?;
+                refuse_overwriting(&volume, before.overwriting, services.libvirt.as_ref())?;
                 let admitted = admission::admit_existing(&services, &*backend, &volume, &wanted, examined.as_ref())?;
                 Ok(Claimed::For(Claim::Overwrite, admitted))
             }
@@ -322,6 +327,7 @@ impl Context {
 
     /// Removes the volume, if this very job made it, and what it has of a base.
     pub(super) async fn undo_volume(&mut self) -> Result<()> {
+        self.held = None;
         if self.record.claim != Some(Claim::Make) {
             return Ok(());
         }
@@ -370,7 +376,7 @@ impl Context {
         self.record.receipt = self.receipt(&volume);
         self.progress.enter(Stage::Finalizing, volume.size);
         self.progress.set_processed(volume.size);
-        (self.image, self.base_lock, self.admission) = (None, None, None);
+        (self.image, self.base_lock, self.admission, self.held) = (None, None, None, None);
         Ok(())
     }
 
@@ -442,8 +448,8 @@ impl Context {
         self.known.clone().ok_or_else(|| Error::internal("the volume was not looked at"))
     }
 
-    pub(super) fn destination(&self) -> Result<&Destination> {
-        self.destination.as_ref().ok_or_else(|| Error::internal("there is nothing to write to"))
+    pub(super) fn held(&self) -> Result<Arc<OpenTarget>> {
+        self.held.clone().ok_or_else(|| Error::internal("there is nothing to write to"))
     }
 
     pub(super) fn backend(&self) -> Result<(Arc<dyn VolumeBackend>, VolumeOrder)> {

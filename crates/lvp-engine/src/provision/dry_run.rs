@@ -7,7 +7,7 @@ use lvp_api::{Created, CreatedKind, Plan, Receipt, VolumeAction, ZeroPolicy};
 
 use super::{
     admission, estimate,
-    in_use::refuse_in_use,
+    in_use::refuse_overwriting,
     order::{Order, VolumeOrder},
     plan::{Examined, compatible, examine, fits, known_digest, resolve},
     services::Services,
@@ -110,7 +110,7 @@ fn look(
     };
     if let Some(existing) = &found {
         compatible(existing, wanted, least)?;
-        refuse_in_use(existing, services.libvirt.as_ref())?;
+        refuse_overwriting(existing, false, services.libvirt.as_ref())?;
         let admitted = admission::admit_existing(services, backend, existing, wanted, image)?;
         return Ok(looked(VolumeAction::Reuse, existing.size, admitted));
     }

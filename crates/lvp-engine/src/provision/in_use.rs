@@ -1,20 +1,35 @@
-//! Who uses a volume now: the kernel's view and libvirt's, as sentences.
+//! Who uses a volume now: the kernel's view and libvirt's, as sentences; and who may own it though nobody uses it.
+//!
+//! ```text
+//!  refuse_in_use        before a volume is removed, read or written
+//!  refuse_overwriting   before one that was there is written: also a physical volume of LVM in it
+//!  refuse_beside        while this job holds it: before the first byte, and before it says what it holds
+//! ```
+//! It leaves out holding a volume: `host::block::OpenTarget`.
 
 use std::{
+    fs::File,
     os::unix::fs::{FileTypeExt, MetadataExt},
-    path::Path,
+    path::{Path, PathBuf},
     thread,
     time::Duration,
 };
 
 use lvp_api::{ErrorCode, VolumeName};
+use serde_json::Value;
 
 use crate::{
     error::{Error, Result},
-    host::{block, libvirt::Libvirt},
+    host::{
+        block::{self, OpenTarget},
+        libvirt::{AttachedDisk, Libvirt},
+    },
+    qcow2_file::backing_of,
     volume::{Volume, VolumeBackend},
 };
 
+/// No chain of files below one another is longer.
+const LONGEST_CHAIN: usize = 200;
 /// udev looks into a device for a moment whenever somebody closed it after writing. It is waited for so many times, so long.
 const SETTLING: u32 = 20;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
@@ -40,13 +55,7 @@ pub fn find_settled(backend: &dyn VolumeBackend, name: &VolumeName) -> Result<Op
 pub fn users(volume: &Volume, libvirt: Option<&Libvirt>) -> Result<Vec<String>> {
     // The device of a logical volume that is not active is not there, and nobody uses it.
     let mut users = if volume.path.exists() { block::users_of(&volume.path)? } else { Vec::new() };
-    if let Some(libvirt) = libvirt {
-        for disk in libvirt.active_disks()? {
-            if is_same_file(&disk.path, &volume.path) {
-                users.push(format!("attached to the active domain {}", disk.domain));
-            }
-        }
-    }
+    users.extend(domains(&volume.path, libvirt)?);
     if users.is_empty() && volume.open {
         users.push("open, says LVM".to_owned());
     }
@@ -56,13 +65,134 @@ pub fn users(volume: &Volume, libvirt: Option<&Libvirt>) -> Result<Vec<String>> 
 /// Refuses a volume that something uses.
 pub fn refuse_in_use(volume: &Volume, libvirt: Option<&Libvirt>) -> Result<()> {
     let users = users(volume, libvirt)?;
+    if users.is_empty() { Ok(()) } else { Err(in_use(volume, "is in use", &users)) }
+}
+
+/// Refuses a volume that must not be overwritten: something uses it, or it is a physical volume of LVM.
+///
+/// A volume group that is not active has no users, and is lost all the same. What lvp made, or wrote an image to, is let
+/// through, and what this job has `begun` to write: the label came with the image or from its guest, whose disk it is, and
+/// who asks for the volume asks for the end of that disk.
+pub fn refuse_overwriting(volume: &Volume, begun: bool, libvirt: Option<&Libvirt>) -> Result<()> {
+    refuse_in_use(volume, libvirt)?;
+    refuse_physical_volume(volume, begun)
+}
+
+/// Refuses a device that somebody else made a physical volume of. One that is not active is not looked at.
+pub fn refuse_physical_volume(volume: &Volume, begun: bool) -> Result<()> {
+    let is_device = volume.path.metadata().is_ok_and(|metadata| metadata.file_type().is_block_device());
+    if begun || !is_device || volume.tags.made_by_lvp || volume.tags.image.is_some() {
+        return Ok(());
+    }
+    let Some(identifier) = block::physical_volume(&volume.path)? else { return Ok(()) };
+    let path = volume.path.display();
+    let message = format!("volume {} is a physical volume of LVM ({identifier})", volume.name);
+    Err(Error::new(
+        ErrorCode::VolumeInUse,
+        format!("{message}: it may be part of another volume group, maybe a guest's"),
+    )
+    .hint(format!("if nobody needs what is in it: `pvremove {path}`, or `wipefs --all {path}`; then try again"))
+    .retry(false)
+    .detail("volume", volume.name.as_str())
+    .detail("physical_volume", identifier))
+}
+
+/// Refuses a volume that somebody uses beside this job, which holds it. Blocks.
+///
+/// # Errors
+/// `volume_in_use`; `libvirt_unavailable` as for [`users`].
+pub fn refuse_beside(volume: &Volume, held: &OpenTarget, libvirt: Option<&Libvirt>) -> Result<()> {
+    let mut users = held.users()?;
+    users.extend(domains(&volume.path, libvirt)?);
+    if users.is_empty() { Ok(()) } else { Err(in_use(volume, "is in use", &users)) }
+}
+
+/// Refuses to say that a volume holds its image when somebody came to use it while it was written. Blocks.
+///
+/// A libvirt that does not answer does not undo the work: of a domain that runs, the kernel shows the process.
+///
+/// # Errors
+/// `volume_in_use`.
+pub fn refuse_late_users(volume: &Volume, held: &OpenTarget, libvirt: Option<&Libvirt>) -> Result<()> {
+    let mut users = held.users()?;
+    match domains(&volume.path, libvirt) {
+        Ok(domains) => users.extend(domains),
+        Err(error) => {
+            tracing::warn!(volume = %volume.name, error = %error.chain(), "which domains use it is not known");
+        }
+    }
     if users.is_empty() {
         return Ok(());
     }
-    Err(Error::new(ErrorCode::VolumeInUse, format!("volume {} is in use: {}", volume.name, users.join("; ")))
+    Err(in_use(volume, "came into use while it was written, and is not noted as holding the image", &users).hint(
+        "who used it may have read an image that was half written: shut the domain down, unmount the volume or stop the \
+         program, then try again",
+    ))
+}
+
+fn in_use(volume: &Volume, how: &str, users: &[String]) -> Error {
+    Error::new(ErrorCode::VolumeInUse, format!("volume {} {how}: {}", volume.name, users.join("; ")))
         .hint("shut the domain down, unmount the volume or stop the program, then try again")
         .detail("volume", volume.name.as_str())
-        .detail("users", users))
+        .detail("users", users)
+}
+
+/// The active domains that have this as a disk, or below one.
+fn domains(path: &Path, libvirt: Option<&Libvirt>) -> Result<Vec<String>> {
+    let Some(libvirt) = libvirt else { return Ok(Vec::new()) };
+    let disks = libvirt.active_disks()?;
+    let uses = |disk: &AttachedDisk| {
+        is_same_file(&disk.path, path)
+            || (disk.is_qcow2 && files_below(&disk.path).iter().any(|below| is_same_file(below, path)))
+    };
+    let mut users: Vec<String> = disks
+        .iter()
+        .filter(|disk| uses(disk))
+        .map(|disk| format!("attached to the active domain {}", disk.domain))
+        .collect();
+    users.dedup();
+    Ok(users)
+}
+
+/// What the headers of a chain of qcow2 files name, where libvirt does not say it. A name leads on only where it is said to
+/// be qcow2: what a guest wrote on a raw disk is not believed.
+fn files_below(top: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut above = top.to_owned();
+    while found.len() < LONGEST_CHAIN
+        && above.metadata().is_ok_and(|it| it.is_file() || it.file_type().is_block_device())
+    {
+        let Ok(Some(backing)) = File::open(&above).and_then(|file| backing_of(&file)) else { break };
+        let names = file_names(&backing.path);
+        let folder = above.parent().unwrap_or(Path::new("/")).to_owned();
+        found.extend(names.iter().map(|name| folder.join(name)));
+        match names.as_slice() {
+            [name] if backing.format.as_deref() == Some("qcow2") => above = folder.join(name),
+            _ => break,
+        }
+    }
+    found
+}
+
+/// The files in a name as qemu writes it: a path, one behind the name of a driver, or JSON.
+fn file_names(name: &str) -> Vec<String> {
+    fn collect(value: &Value, into: &mut Vec<String>) {
+        match value {
+            Value::Object(fields) => fields.iter().for_each(|(key, value)| match value.as_str() {
+                Some(text) if key == "filename" || key.ends_with(".filename") => into.push(text.to_owned()),
+                _ => collect(value, into),
+            }),
+            Value::Array(values) => values.iter().for_each(|value| collect(value, into)),
+            _ => {}
+        }
+    }
+    if let Some(json) = name.strip_prefix("json:") {
+        let mut found = Vec::new();
+        collect(&serde_json::from_str(json).unwrap_or_default(), &mut found);
+        return found;
+    }
+    let path = ["file:", "host_device:"].iter().find_map(|driver| name.strip_prefix(driver));
+    vec![path.unwrap_or(name).to_owned()]
 }
 
 /// Whether two paths are one file or one device, by whatever name.
@@ -77,17 +207,4 @@ fn is_same_file(one: &Path, other: &Path) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn one_file_under_two_names_is_one_file() {
-        let directory = tempfile::tempdir().unwrap();
-        let (file, link) = (directory.path().join("a"), directory.path().join("b"));
-        std::fs::write(&file, b"x").unwrap();
-        std::os::unix::fs::symlink(&file, &link).unwrap();
-        assert!(is_same_file(&file, &link));
-        assert!(!is_same_file(&file, directory.path()));
-        assert!(is_same_file(Path::new("/absent"), Path::new("/absent")));
-    }
-}
+mod tests;

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use lvp_api::{ErrorCode, JobId, VolumeName};
 
-use super::{context::find_existing, order::VolumeOrder};
+use super::order::VolumeOrder;
 use crate::{
     error::{Error, Result},
     host::block::FileIdentity,
@@ -53,7 +53,8 @@ impl Known {
     /// # Errors
     /// As [`Known::check`].
     pub fn find(&self, backend: &dyn VolumeBackend, wanted: &VolumeOrder) -> Result<Volume> {
-        let volume = find_existing(backend, wanted)?;
+        // Not as it is settled: it is open, since the job holds it.
+        let volume = backend.find(&wanted.name)?.ok_or_else(|| gone(&wanted.name))?;
         self.check()?;
         let lost = self.file.is_none() && self.made_by.is_some() && volume.tags.job != self.made_by;
         if lost { Err(self.replaced()) } else { Ok(volume) }

@@ -3,8 +3,8 @@
 //!
 //! ```text
 //!  Destination    made by ensure_volume        written by populate_volume    ended by finish_volume
-//!  Volume         the volume                   image and zeros               synced, tagged
-//!  Base           an unsealed base             image                         synced, sealed, cloned, tagged
+//!  Volume         the volume, held             image and zeros               synced, users looked for, tagged
+//!  Base           an unsealed base, held       image                         synced, let go, sealed, cloned, tagged
 //!  Clone          a copy of a sealed base      (nothing)                     tagged
 //! ```
 //! In a linked target a copy is an overlay, which needs its base from then on.
@@ -17,7 +17,7 @@ use lvp_api::DiskFormat;
 use super::{
     admission::{self, Admission},
     context::{Context, damaged_twice},
-    in_use::{find_settled, refuse_in_use},
+    in_use::{find_settled, refuse_in_use, refuse_late_users},
     known::Known,
     plan, sharing,
     transfer::{Transfer, Transferred},
@@ -26,7 +26,7 @@ use crate::{
     error::{Error, Result},
     fault,
     format::{self, Counts, Populated},
-    host::block::BlockTarget,
+    host::block::{BlockTarget, OpenTarget},
     task::blocking,
     volume::{Base, NewVolume, Tags, Volume},
 };
@@ -41,19 +41,10 @@ pub(super) enum Destination {
     Clone(Base, Box<Volume>),
 }
 
-impl Destination {
-    /// What is to be written.
-    pub fn target(&self) -> Result<&BlockTarget> {
-        match self {
-            Self::Volume(target) | Self::Base(target) => Ok(target),
-            Self::Clone(..) => Err(Error::internal("a copy of a base is not written")),
-        }
-    }
-}
-
 impl Context {
     /// Makes the volume, or the base that it will be a copy of.
     pub(super) async fn make_volume(&mut self) -> Result<()> {
+        self.held = None;
         self.remove_earlier_attempt().await?;
         self.admission = None;
         let destination = match self.clone_if_there().await? {
@@ -114,6 +105,8 @@ impl Context {
             && let Some(target) = sharing::begin_base(&backend, size, self.id).await?
         {
             self.known = None;
+            let base = target.clone();
+            self.held = Some(Arc::new(blocking(move || OpenTarget::open(&base)).await?));
             return Ok(Destination::Base(target));
         }
         let job = self.id;
@@ -125,10 +118,12 @@ impl Context {
                 DiskFormat::Raw => target,
                 DiskFormat::Qcow2 => format::begin_qcow2(&target)?,
             };
-            Ok((target, Known::new(&volume, Some(job))?))
+            let held = OpenTarget::open(&target)?;
+            Ok((target, held, Known::new(&volume, Some(job))?))
         });
-        let (target, known) = made.await?;
+        let (target, held, known) = made.await?;
         self.known = Some(known);
+        self.held = Some(Arc::new(held));
         self.admission.iter().for_each(Admission::made);
         Ok(Destination::Volume(target))
     }
@@ -173,12 +168,13 @@ impl Context {
     }
 
     async fn transfer(&self) -> Result<Transferred> {
+        let held = self.held()?;
         let transfer = Transfer {
             images: &self.services.images,
             resolved: self.resolved()?,
             declared: self.order.image_type,
             examined: self.examined.clone(),
-            target: self.destination()?.target()?,
+            target: &held,
             known: self.known.as_ref(),
             options: self.options(),
             progress: &self.progress,
@@ -189,24 +185,24 @@ impl Context {
     /// Ends the writing: everything is on the device, and the volume says what it holds. Gives the volume.
     pub(super) async fn finish_destination(&mut self) -> Result<Volume> {
         let (backend, wanted) = self.backend()?;
-        if let Some(Destination::Base(target)) = &self.destination {
-            self.finish_base(target.clone()).await?;
+        if let Some(Destination::Base(_)) = &self.destination {
+            self.finish_base().await?;
         }
-        let target = match self.destination()? {
-            Destination::Volume(target) => Some(target.clone()),
-            _ => None,
-        };
-        let (digest, known) = (self.record.image_digest.clone(), self.known()?);
+        let (digest, known, held) = (self.record.image_digest.clone(), self.known()?, self.held.clone());
+        let libvirt = self.services.libvirt.clone();
         blocking(move || {
             known.check()?;
-            if let Some(target) = &target {
-                format::sync(target)?;
+            if let Some(held) = &held {
+                held.sync()?;
                 fault::point("volume.synced")?;
                 if wanted.format == DiskFormat::Qcow2 {
-                    format::end_qcow2(target)?;
+                    format::end_qcow2(held.target())?;
                 }
             }
             let volume = known.find(&*backend, &wanted)?;
+            if let Some(held) = &held {
+                refuse_late_users(&volume, held, libvirt.as_ref())?;
+            }
             backend.set_tags(&volume, &Tags { image: digest, incomplete: false, ..volume.tags.clone() })?;
             Ok(volume)
         })
@@ -214,7 +210,7 @@ impl Context {
     }
 
     /// Seals the base that this job wrote, and makes the volume of it.
-    async fn finish_base(&mut self, target: BlockTarget) -> Result<()> {
+    async fn finish_base(&mut self) -> Result<()> {
         let (backend, wanted) = self.backend()?;
         let (Some(digest), Some(populated)) = (self.record.image_digest.clone(), self.record.populated.clone()) else {
             return Err(Error::internal("a base was to be sealed before it was written"));
@@ -222,7 +218,9 @@ impl Context {
         if self.base_lock.is_none() {
             self.base_lock = Some(self.services.base_locks.hold(&backend.label(), &digest, &self.progress).await?);
         }
-        blocking(move || format::sync(&target)).await?;
+        // A sealed base is nobody's to write.
+        let held = self.held.take().ok_or_else(|| Error::internal("a base is not held"))?;
+        blocking(move || held.sync()).await?;
         let base = sharing::seal_base(&backend, self.id, &digest, &populated.content).await?;
         fault::point("base.sealed")?;
         let volume = sharing::clone_base(&backend, &base, &wanted, self.id).await?;

@@ -2,11 +2,13 @@
 //! removed, and when its writing breaks off, that is said. It leaves out why it may be written at all: see the claim in
 //! `context`.
 
+use std::sync::Arc;
+
 use lvp_api::{Digest, ErrorCode, Stage};
 
 use super::{
     context::{Context, damaged_twice, find_existing},
-    in_use::refuse_in_use,
+    in_use::{refuse_beside, refuse_overwriting, refuse_physical_volume},
     known::Known,
     new_volume::Destination,
     plan,
@@ -16,25 +18,36 @@ use crate::{
     error::{Error, Result},
     fault,
     format::{self, Populated},
+    host::block::OpenTarget,
     task::blocking,
     volume::Tags,
 };
 
 impl Context {
-    /// Readies the volume for writing, if it is still what was asked for and free.
+    /// Readies the volume for writing, if it is still what was asked for and free: from here on this job holds it.
     pub(super) async fn ready_volume(&mut self) -> Result<()> {
+        self.held = None;
         let (backend, wanted) = self.backend()?;
         let (libvirt, image, progress) = (self.services.libvirt.clone(), self.image()?, self.progress.clone());
+        // What an attempt of this very job began to write is this job's.
+        let begun = self.record.overwriting;
         let target = blocking(move || {
             let volume = find_existing(&*backend, &wanted)?;
             plan::compatible(&volume, &wanted, Some(image.least_size()))?;
-            refuse_in_use(&volume, libvirt.as_ref())?;
+            refuse_overwriting(&volume, begun, libvirt.as_ref())?;
+            let target = backend.target(&volume, false)?;
+            let held = OpenTarget::open(&target)?;
+            // One that was not active can be looked into only now.
+            refuse_physical_volume(&volume, begun)?;
+            let known = Known::new(&volume, None)?;
             // What only the copy would show must show before the first byte is overwritten.
             format::measure(&image, volume.size, &progress)?;
-            Ok((backend.target(&volume, false)?, Known::new(&volume, None)?))
+            refuse_beside(&volume, &held, libvirt.as_ref())?;
+            Ok((target, held, known))
         });
-        let (target, known) = target.await?;
+        let (target, held, known) = target.await?;
         self.known = Some(known);
+        self.held = Some(Arc::new(held));
         self.record.device_path = Some(target.path.display().to_string());
         self.record.overwriting = true;
         self.destination = Some(Destination::Volume(target));
@@ -62,11 +75,11 @@ impl Context {
     }
 
     async fn write_over(&mut self) -> Result<Populated> {
-        let (image, progress, target) = (self.image()?, self.progress.clone(), self.destination()?.target()?.clone());
+        let (image, progress, held) = (self.image()?, self.progress.clone(), self.held()?);
         let (options, known) = (self.options(), self.known()?);
-        progress.enter(Stage::Populating, target.size);
-        let held = match self.untag().await {
-            Ok(held) => held,
+        progress.enter(Stage::Populating, held.target().size);
+        let tagged = match self.untag().await {
+            Ok(tagged) => tagged,
             Err(error) => {
                 self.record.overwriting = false;
                 return Err(error);
@@ -75,23 +88,17 @@ impl Context {
         // Until here nothing is written.
         if let Err(error) = fault::point("volume.untagged").and_then(|()| progress.check()) {
             self.record.overwriting = false;
-            self.tag_again(held).await;
+            self.tag_again(tagged).await;
             return Err(error);
         }
         let populated = blocking(move || {
-            let populated = format::populate(&image, &target, &options, &progress);
+            let populated = format::populate(&image, &held, &options, &progress);
             known.check().and(populated)
         })
         .await;
-        match populated.as_ref().map_err(Error::code) {
-            // A target that was not opened was not written.
-            Err(ErrorCode::VolumeInUse) => {
-                self.record.overwriting = false;
-                self.tag_again(held).await;
-            }
-            // It is not there to be used.
-            Err(ErrorCode::VolumeNotFound | ErrorCode::FileInTheWay) => self.record.overwriting = false,
-            _ => {}
+        // It is not there to be used.
+        if let Err(ErrorCode::VolumeNotFound | ErrorCode::FileInTheWay) = populated.as_ref().map_err(Error::code) {
+            self.record.overwriting = false;
         }
         populated
     }

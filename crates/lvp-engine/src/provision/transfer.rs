@@ -20,7 +20,7 @@ use super::{known::Known, plan::Examined};
 use crate::{
     error::{Error, Result},
     format::{self, Bytes, GrowingBytes, Image, PopulateOptions, Populated},
-    host::block::BlockTarget,
+    host::block::OpenTarget,
     image::{Along, Entry, Fetch, Growing, Images, Resolved, Unpublished},
     progress::Progress,
     task::blocking,
@@ -37,8 +37,8 @@ pub struct Transfer<'a> {
     pub declared: ImageFormat,
     /// What is known of it, if its source could say so.
     pub examined: Option<Examined>,
-    /// The new volume.
-    pub target: &'a BlockTarget,
+    /// The new volume, held.
+    pub target: &'a Arc<OpenTarget>,
     /// The same; none where a base is written, whose name nobody knows.
     pub known: Option<&'a Known>,
     /// How to copy.
@@ -205,7 +205,7 @@ impl Transfer<'_> {
 
     async fn copy(&self, bytes: GrowingBytes, beside: &Progress) -> Result<Populated> {
         let (examined, declared, options) = (self.examined.clone(), self.declared, self.options);
-        let (target, known, progress) = (self.target.clone(), self.known.cloned(), beside.clone());
+        let (target, known, progress) = (Arc::clone(self.target), self.known.cloned(), beside.clone());
         blocking(move || {
             let bytes: Arc<dyn Bytes> = Arc::new(bytes);
             let examined = match examined {

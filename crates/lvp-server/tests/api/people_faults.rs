@@ -4,11 +4,13 @@
 //!  a miss is held in the middle by a gate at its source
 //!  a hit, and a volume that was there, by a rate: its second write waits for seconds after the first
 //! ```
-//! It leaves out what people do to the image cache (`cache_faults`), and volumes that others use: `volumes` has those.
+//! It leaves out what people do to the image cache (`cache_faults`), and volumes that are in use before a job: `volumes` has
+//! those.
 
 use std::{
     fs,
     path::{Path, PathBuf},
+    process::{Child, Command},
 };
 
 use e2e::{
@@ -277,6 +279,92 @@ async fn a_volume_that_is_locked_at_the_last_moment_keeps_its_tags() {
     let audit = Audit::begin(&bed);
     let id = bed.submit(&order(&web.url("/x.raw"), "web-1")).await;
     audit.failed(&id, &Failed { code: "volume_in_use", retryable: true, says: &["web-1.raw is in use"] }).await;
+}
+
+/// A program that has a file open, and asks nobody.
+struct User(Child);
+
+impl User {
+    fn of(path: &Path) -> Self {
+        let file = fs::File::open(path).unwrap();
+        Self(Command::new("sleep").arg("600").stdin(file).spawn().unwrap())
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Whether a program of qemu's opens this raw image for writing, as a guest that starts.
+fn is_opened_by_qemu(path: &Path) -> bool {
+    let asked = Command::new("qemu-io").args(["-f", "raw", "-c", "quit"]).arg(path).output().unwrap();
+    let said = String::from_utf8_lossy(&asked.stderr);
+    assert!(asked.status.success() || said.contains("lock"), "{said}");
+    asked.status.success()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_starts_while_its_volume_is_written_does_not() {
+    let (bed, web, image) = ready().await;
+    let gate = serve_held(&web, &image);
+    let audit = Audit::begin(&bed);
+    let id = bed.submit(&order(&web.url("/x.raw"), "web-1")).await;
+    gate.reached().await;
+    bed.job_when(&id, |job| job["device_path"].is_string()).await;
+    assert!(!is_opened_by_qemu(&bed.volume("web-1")));
+    gate.open();
+    audit.complete(&id, &complete("web-1", &image)).await;
+    assert!(is_opened_by_qemu(&bed.volume("web-1")));
+    // And one that was there.
+    let id = bed.submit(&slow_order(&web.url("/x.raw"), "web-1")).await;
+    writing(&bed, &id).await;
+    assert!(!is_opened_by_qemu(&bed.volume("web-1")));
+    assert_runs(&bed, &id).await;
+    assert_eq!(bed.ended(&id).await["status"], "completed");
+    assert!(is_opened_by_qemu(&bed.volume("web-1")));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_that_comes_into_use_while_it_is_written_is_not_said_to_hold_its_image() {
+    let (bed, web, image) = ready().await;
+    for way in ["new", "was there"] {
+        println!("{way}");
+        let volume = bed.volume("web-1");
+        let (id, user) = if way == "new" {
+            let gate = serve_held(&web, &image);
+            let id = bed.submit(&order(&web.url("/x.raw"), "web-1")).await;
+            gate.reached().await;
+            bed.job_when(&id, |job| job["device_path"].is_string()).await;
+            let user = User::of(&volume);
+            gate.open();
+            (id, user)
+        } else {
+            bed.provision(&order(&web.url("/x.raw"), "web-1")).await;
+            let id = bed.submit(&slow_order(&web.url("/x.raw"), "web-1")).await;
+            writing(&bed, &id).await;
+            let user = User::of(&volume);
+            assert_runs(&bed, &id).await;
+            (id, user)
+        };
+        let job = bed.ended(&id).await;
+        assert_eq!((&job["status"], &job["error_code"]), (&json!("failed"), &json!("volume_in_use")), "{job:#}");
+        let said = job["error"].as_str().unwrap();
+        assert!(said.contains("came into use while it was written") && said.contains("(sleep) has it open"), "{job:#}");
+        // Nobody's disk is taken away, and nobody is told that it is whole.
+        let left = job["details"]["not_undone"].to_string();
+        let why = if way == "new" { "volume web-1 is in use" } else { "volume web-1 was there before and is partly" };
+        assert!(left.contains(why), "{job:#}");
+        let shown = bed.tcp().get("/api/v1/volumes/web-1").await.expect(200);
+        assert!(shown["image_digest"].is_null() && shown["receipt"].is_null(), "{shown:#}");
+        assert_eq!(shown["incomplete"] == true, way == "new", "{shown:#}");
+        drop(user);
+        // What was not undone can be done again.
+        assert_eq!(bed.tcp().delete("/api/v1/volumes/web-1?force=true").await.status, 204);
+        assert!(!volume.exists());
+    }
 }
 
 /// Removes lvp's tags from a volume, as `setfattr -x` does.

@@ -11,10 +11,10 @@ use std::{
 use e2e::images::LoopDevice;
 use lvp_api::{ErrorCode, ImageFormat};
 
-use super::{OLD, OPTIONS, room, sparse_file, used_file};
+use super::{OLD, OPTIONS, populate, room, sparse_file, sync, used_file};
 use crate::{
     error::{Error, Result},
-    format::{Bytes, FileBytes, Image, populate, sync},
+    format::{Bytes, FileBytes, Image},
     host::block::BlockTarget,
     progress::{Progress, Stop},
 };
@@ -162,6 +162,7 @@ fn an_image_larger_than_the_target_is_refused_with_both_sizes() {
     let image = image_with(directory.path(), Fault::Slow);
     let mut target = target_in(directory.path());
     target.size = SIZE - 512;
+    sparse_file(&target.path, target.size);
     let error = populate(&image, &target, &OPTIONS, &Progress::default()).unwrap_err();
     assert_eq!(error.code(), ErrorCode::ImageTooLarge);
     assert!(error.to_string().contains("268435456") && error.to_string().contains("268434944"), "{error:?}");

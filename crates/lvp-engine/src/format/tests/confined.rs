@@ -12,10 +12,10 @@ use std::{
 use e2e::images::{self, Qcow2Options};
 use lvp_api::ImageFormat;
 
-use super::{Memory, OPTIONS, room, sparse_file};
+use super::{Memory, OPTIONS, populate, room, sparse_file};
 use crate::{
     error::Result,
-    format::{Bytes, Image, populate},
+    format::{Bytes, Image},
     host::block::BlockTarget,
     progress::Progress,
 };

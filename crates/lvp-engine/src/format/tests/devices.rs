@@ -10,9 +10,9 @@ use std::{
 use e2e::images::{self, LoopDevice, Qcow2Options};
 use lvp_api::ImageFormat;
 
-use super::{OLD, OPTIONS, room, sparse_file, used_file};
+use super::{OLD, OPTIONS, populate, room, sparse_file, sync, used_file};
 use crate::{
-    format::{Image, populate, populate::Counts, sync},
+    format::{Image, populate::Counts},
     host::block::BlockTarget,
     progress::Progress,
 };

@@ -294,7 +294,7 @@ fn a_cluster_that_cannot_be_decompressed() {
         let (_directory, target) = room("target.raw");
         super::sparse_file(&target, 1 << 20);
         let target = crate::host::block::BlockTarget { path: target, offset: 0, size: 1 << 20, reads_zero: true };
-        let error = crate::format::populate(&image, &target, &super::OPTIONS, &Default::default()).unwrap_err();
+        let error = super::populate(&image, &target, &super::OPTIONS, &Default::default()).unwrap_err();
         assert_eq!(error.code(), ErrorCode::ImageInvalid);
         assert!(error.to_string().contains("cannot be decompressed"), "{error:?}");
     }

@@ -11,10 +11,10 @@ use std::{
 use e2e::images::{self, Qcow2Options};
 use lvp_api::{ErrorCode, ImageFormat};
 
-use super::{Memory, OLD, OPTIONS, memory, room, used_file};
+use super::{Memory, OLD, OPTIONS, memory, populate, room, used_file};
 use crate::{
     error::Result,
-    format::{Content, Decoder, Image, populate},
+    format::{Content, Decoder, Image},
     host::block::BlockTarget,
     progress::Progress,
 };

@@ -10,10 +10,10 @@ use std::{
 use e2e::images;
 use lvp_api::{ErrorCode, ImageFormat};
 
-use super::{Memory, OPTIONS, accounted, assert_content, room, sparse_file, used_file};
+use super::{Memory, OPTIONS, accounted, assert_content, populate, room, sparse_file, used_file};
 use crate::{
     error::Result,
-    format::{Bytes, Image, measure, populate},
+    format::{Bytes, Image, measure},
     host::block::BlockTarget,
     progress::Progress,
 };

@@ -10,12 +10,12 @@ use std::{
 use lvp_api::{ErrorCode, ImageFormat};
 
 use super::{
-    Memory, OPTIONS, room, sparse_file,
+    Memory, OPTIONS, populate, room, sparse_file,
     stream::{FORMATS, disk, opened, packed, reads_of_a_copy},
 };
 use crate::{
     error::{Error, Result},
-    format::{Bytes, Image, measure, populate},
+    format::{Bytes, Image, measure},
     host::block::BlockTarget,
     progress::{Progress, Stop},
 };

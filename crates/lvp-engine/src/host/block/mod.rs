@@ -1,10 +1,12 @@
-//! Block devices and raw files as targets of a copy: who uses them ([`users_of`]), and writing, zeroing and syncing
-//! them ([`OpenTarget`]).
+//! Block devices and raw files as targets of a copy: who uses them ([`users_of`]), holding, writing, zeroing and syncing
+//! them ([`OpenTarget`]), and whether one is a physical volume of LVM ([`physical_volume`]).
 //!
 //! It leaves out making and removing them, which is the volume backends' part, and what is written.
 
 mod buffer;
 mod identity;
+mod label;
+mod locks;
 mod target;
 mod users;
 
@@ -12,8 +14,9 @@ use std::path::PathBuf;
 
 pub use buffer::AlignedBuffer;
 pub use identity::FileIdentity;
+pub use label::physical_volume;
 pub use target::{BLOCK, OpenTarget};
-pub use users::users_of;
+pub use users::{users_beside, users_of};
 
 /// Where a copy goes: what a volume backend hands to `format`, and all that `format` knows of it.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,6 +1,11 @@
-//! A target opened for writing: positioned writes past the page cache where the target takes them, zeroing by the
-//! device or file system where it can, and the final flush.
+//! A target opened for writing: held against others as long as it is open, positioned writes past the page cache where the
+//! target takes them, zeroing by the device or file system where it can, and the final flush.
 //!
+//! ```text
+//!  a device  claimed with O_EXCL: no mount, swap, device on top, or other claim    + qemu's locks
+//!  a file    flock: no other writer of ours                                        + qemu's locks
+//! ```
+//! None of that keeps out who asks for no claim and no lock: see [`OpenTarget::users`].
 //! It leaves out reading: nothing is ever read back from a target, so two writers need only keep to different blocks.
 
 use std::{
@@ -22,7 +27,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{BlockTarget, users_of};
+use super::{BlockTarget, locks, users_beside, users_of};
 use crate::error::{Error, Result};
 
 /// Writes begin on multiples of this many bytes, and end on one or at the target's end. It is the largest logical
@@ -34,7 +39,7 @@ pub const BLOCK: usize = 4096;
 const DEVICE_PIECE: u64 = 32 << 20;
 /// A file system only notes that a range is zero, which is quick.
 const FILE_PIECE: u64 = 1 << 30;
-/// A device that is claimed by somebody is asked for so many times more, so far apart.
+/// What is claimed or locked by somebody is asked for so many times more, so far apart.
 const CLAIM_ATTEMPTS: u32 = 10;
 const BETWEEN_CLAIMS: Duration = Duration::from_millis(50);
 /// Zeros are written this much at a time.
@@ -56,11 +61,9 @@ enum Way {
 }
 
 /// A block device or raw file that is being written. Shared by threads that write different blocks.
+#[derive(Debug)]
 pub struct OpenTarget {
-    path: PathBuf,
-    /// Where the volume begins in it.
-    start: u64,
-    size: u64,
+    target: BlockTarget,
     device: bool,
     /// Whether the device has no command for zeros, so that the kernel writes them.
     kernel_writes_zeros: bool,
@@ -73,10 +76,10 @@ pub struct OpenTarget {
 }
 
 impl OpenTarget {
-    /// Opens what exists, claiming a device for ourselves (O_EXCL). Nothing is created, cut or changed.
+    /// Opens what exists and holds it for ourselves until it is dropped. Nothing is created, cut or changed.
     ///
     /// # Errors
-    /// `volume_in_use` when a device is claimed by someone else, `volume_incompatible` when it has not the size that
+    /// `volume_in_use` when it is claimed or locked by someone else, `volume_incompatible` when it has not the size that
     /// `target` says, `input_output` when it is neither a file nor a block device or cannot be opened.
     pub fn open(target: &BlockTarget) -> Result<Self> {
         let path = &target.path;
@@ -91,9 +94,7 @@ impl OpenTarget {
         // The first descriptor holds the claim of a device; a second one without O_EXCL is let in beside it.
         let claim = if device { OFlags::EXCL } else { OFlags::empty() };
         let mut plain = claimed(target, claim).map_err(|error| not_opened(target, error))?;
-        if !device {
-            hold(&plain).map_err(|error| not_opened(target, error))?;
-        }
+        hold(&plain, device).map_err(|error| not_opened(target, error))?;
         let size = plain.seek(SeekFrom::End(0)).map_err(|error| Error::io("finding the size of", path, error))?;
         let expected = target.offset.saturating_add(target.size);
         if size != expected {
@@ -105,15 +106,26 @@ impl OpenTarget {
         let fits = !device || ioctl_blksszget(&plain).is_ok_and(|block| block as usize <= BLOCK);
         let direct = if fits { open_with(target, OFlags::DIRECT).ok() } else { None };
         Ok(Self {
-            path: path.clone(),
-            start: target.offset,
-            size: target.size,
+            target: target.clone(),
             device,
             kernel_writes_zeros: device && !has_zero_command(&plain),
             direct,
             plain,
             ways_lost: AtomicU8::new(0),
         })
+    }
+
+    /// What is open.
+    pub fn target(&self) -> &BlockTarget {
+        &self.target
+    }
+
+    /// Who uses it beside us now, as [`users_of`] says it: who was let in without a claim, or came in before.
+    ///
+    /// # Errors
+    /// `input_output` when it is not there any more.
+    pub fn users(&self) -> Result<Vec<String>> {
+        users_beside(&self.target.path)
     }
 
     /// The descriptors that it writes by: what a thread that writes it must be left with.
@@ -131,8 +143,8 @@ impl OpenTarget {
         let whole = bytes.len() - bytes.len() % BLOCK;
         let (blocks, rest) = bytes.split_at(whole);
         self.write_blocks(blocks, offset)
-            .and_then(|()| self.plain.write_all_at(rest, self.start + offset + whole as u64))
-            .map_err(|error| Error::io("writing", &self.path, error).detail("offset", offset))
+            .and_then(|()| self.plain.write_all_at(rest, self.target.offset + offset + whole as u64))
+            .map_err(|error| Error::io("writing", &self.target.path, error).detail("offset", offset))
     }
 
     /// Makes `length` bytes from `offset` read as zero, and says how many of them the device or file system did by itself.
@@ -149,7 +161,7 @@ impl OpenTarget {
             let piece = (end - at).min(if self.device { DEVICE_PIECE } else { FILE_PIECE });
             may(self.written_to_zero(piece))?;
             let (done, by_itself) =
-                self.zero_piece(at, piece).map_err(|error| Error::io("zeroing", &self.path, error))?;
+                self.zero_piece(at, piece).map_err(|error| Error::io("zeroing", &self.target.path, error))?;
             at += done;
             offloaded += if by_itself { done } else { 0 };
         }
@@ -171,7 +183,7 @@ impl OpenTarget {
     /// # Errors
     /// `input_output`: a write that was accepted before may be lost.
     pub fn sync(&self) -> Result<()> {
-        self.plain.sync_data().map_err(|error| Error::io("flushing", &self.path, error))
+        self.plain.sync_data().map_err(|error| Error::io("flushing", &self.target.path, error))
     }
 
     /// Zeroes up to `length` bytes in the best way that works; says how many, and whether not by writing zeros.
@@ -184,7 +196,7 @@ impl OpenTarget {
                 Way::Punch => FallocateFlags::PUNCH_HOLE,
                 Way::Write => return Ok((self.write_zeros(offset, length.min(WRITTEN_PIECE))?, false)),
             };
-            match fallocate(&self.plain, mode | FallocateFlags::KEEP_SIZE, self.start + offset, length) {
+            match fallocate(&self.plain, mode | FallocateFlags::KEEP_SIZE, self.target.offset + offset, length) {
                 Ok(()) => return Ok((length, true)),
                 Err(Errno::INTR) => {}
                 Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::PERM) => {
@@ -198,7 +210,7 @@ impl OpenTarget {
 
     /// Writes whole blocks, past the page cache where that works.
     fn write_blocks(&self, blocks: &[u8], offset: u64) -> io::Result<()> {
-        let offset = self.start + offset;
+        let offset = self.target.offset + offset;
         let Some(direct) = &self.direct else { return self.plain.write_all_at(blocks, offset) };
         match direct.write_all_at(blocks, offset) {
             // A file system may take the flag at open and refuse it here.
@@ -213,23 +225,35 @@ impl OpenTarget {
         let zeros = super::AlignedBuffer::new(usize::try_from(length).map_err(io::Error::other)?);
         let (blocks, rest) = zeros.split_at(zeros.len() - zeros.len() % BLOCK);
         self.write_blocks(blocks, offset)?;
-        self.plain.write_all_at(rest, self.start + offset + blocks.len() as u64)?;
+        self.plain.write_all_at(rest, self.target.offset + offset + blocks.len() as u64)?;
         Ok(length)
     }
 
     fn bounds(&self, offset: u64, length: u64) -> Result<()> {
         let block = BLOCK as u64;
         let inside = offset.checked_add(length).is_some_and(|end| {
-            end <= self.size && offset.is_multiple_of(block) && (end.is_multiple_of(block) || end == self.size)
+            end <= self.target.size
+                && offset.is_multiple_of(block)
+                && (end.is_multiple_of(block) || end == self.target.size)
         });
         if inside {
             return Ok(());
         }
         Err(Error::internal(format!(
             "a write of {length} bytes at {offset} does not fit the {} bytes of {}",
-            self.size,
-            self.path.display()
+            self.target.size,
+            self.target.path.display()
         )))
+    }
+}
+
+impl Drop for OpenTarget {
+    /// A guest may be started in the next moment.
+    fn drop(&mut self) {
+        if !self.device {
+            let _ = flock(&self.plain, FlockOperation::Unlock);
+        }
+        locks::release(&self.plain);
     }
 }
 
@@ -255,12 +279,14 @@ fn has_zero_command(device: &File) -> bool {
     said.is_some_and(|bytes| bytes.trim() != "0")
 }
 
-/// Holds a regular file against other writers of ours, in this process or another, under whatever name.
-fn hold(file: &File) -> io::Result<()> {
+/// Holds the file against other writers of ours, in this process or another, under whatever name, and against qemu; a device,
+/// which is claimed, against qemu alone. Somebody who only looks into it is gone soon.
+fn hold(file: &File, device: bool) -> io::Result<()> {
     for _ in 0..CLAIM_ATTEMPTS {
-        match flock(file, FlockOperation::NonBlockingLockExclusive) {
-            Err(Errno::WOULDBLOCK) => thread::sleep(BETWEEN_CLAIMS),
-            held => return held.map_err(io::Error::from),
+        let ours = if device { Ok(()) } else { flock(file, FlockOperation::NonBlockingLockExclusive) };
+        match ours.map_err(io::Error::from).and_then(|()| locks::take(file)) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(BETWEEN_CLAIMS),
+            held => return held,
         }
     }
     Err(Errno::BUSY.into())
@@ -304,8 +330,8 @@ mod tests {
         open.ways_lost = AtomicU8::new(way);
         open.zero(2 << 20, SIZE - (2 << 20), &mut |_| Ok(())).unwrap();
         open.sync().unwrap();
-        assert_eq!(open.ways_lost.into_inner(), way, "the way works here");
-        drop(open.plain);
+        assert_eq!(open.ways_lost.load(Ordering::Relaxed), way, "the way works here");
+        drop(open);
         fs::read(path).unwrap()
     }
 

@@ -20,6 +20,7 @@ use rustix::{
     io::Errno,
 };
 
+use super::locks;
 use crate::error::{Error, Result};
 
 /// A process that has the target open is looked for so many times more, so far apart.
@@ -48,12 +49,32 @@ impl Subject {
 }
 
 /// Who uses the device or file at `path` now: mounts, swap, devices stacked on it (device-mapper, RAID, bcache, loop),
-/// its partitions' users, processes that hold it open (other than this one), and for a device any exclusive claim.
-/// Empty when nobody does.
+/// its partitions' users, processes that hold it open (other than this one), for a device any exclusive claim, and qemu's
+/// locks. Empty when nobody does.
 ///
 /// # Errors
 /// `input_output` when `path` is not there.
 pub fn users_of(path: &Path) -> Result<Vec<String>> {
+    let (subject, mut users) = seen(path)?;
+    if users.is_empty() && matches!(subject, Subject::Device(_)) && lasts(|| claimed(path)) {
+        users.insert("the kernel or a program holds it exclusively".to_owned());
+    }
+    if users.is_empty() && lasts(|| locks::is_locked(path)) {
+        users.insert("a program has locked it, as qemu locks the disks of its guests".to_owned());
+    }
+    Ok(users.into_iter().collect())
+}
+
+/// The same beside this process, which holds it itself: claims and locks are its own.
+///
+/// # Errors
+/// As [`users_of`].
+pub fn users_beside(path: &Path) -> Result<Vec<String>> {
+    Ok(seen(path)?.1.into_iter().collect())
+}
+
+/// Who is seen to use it, without trying to take it.
+fn seen(path: &Path) -> Result<(Subject, BTreeSet<String>)> {
     let metadata = path.metadata().map_err(|error| Error::io("examining", path, error))?;
     let subject = Subject::of(&metadata);
     let mut users = BTreeSet::new();
@@ -66,10 +87,7 @@ pub fn users_of(path: &Path) -> Result<Vec<String>> {
     loops(subject, &mut users);
     swap(subject, &mut users);
     processes(subject, &mut users);
-    if users.is_empty() && matches!(subject, Subject::Device(_)) && claimed(path) {
-        users.insert("the kernel or a program holds it exclusively".to_owned());
-    }
-    Ok(users.into_iter().collect())
+    Ok((subject, users))
 }
 
 fn names_in(directory: &Path) -> impl Iterator<Item = String> {
@@ -191,17 +209,19 @@ fn openers(subject: Subject) -> BTreeSet<String> {
         .collect()
 }
 
-/// Whether someone holds the device exclusively and keeps holding it: a mount that we cannot see, or a program.
+/// Whether someone holds the device exclusively: a mount that we cannot see, or a program.
 fn claimed(path: &Path) -> bool {
-    let busy = || {
-        let opened = fs::OpenOptions::new().read(true).custom_flags(OFlags::EXCL.bits().cast_signed()).open(path);
-        opened.is_err_and(|error| error.raw_os_error() == Some(Errno::BUSY.raw_os_error()))
-    };
+    let opened = fs::OpenOptions::new().read(true).custom_flags(OFlags::EXCL.bits().cast_signed()).open(path);
+    opened.is_err_and(|error| error.raw_os_error() == Some(Errno::BUSY.raw_os_error()))
+}
+
+/// Whether it is so, and still so when looked at again.
+fn lasts(is_so: impl Fn() -> bool) -> bool {
     (0..LOOKS).all(|_| {
-        let busy = busy();
-        if busy {
+        let now = is_so();
+        if now {
             thread::sleep(BETWEEN_LOOKS);
         }
-        busy
+        now
     })
 }
