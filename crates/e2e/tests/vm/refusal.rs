@@ -79,7 +79,7 @@ fn a_volume_mounted_in_another_namespace_is_in_use(world: &World) -> Result<()> 
     world.vm.run_ok("lvcreate --yes --name web --size 64M vg0; mkfs.ext4 -q /dev/vg0/web; udevadm settle")?;
     let mount = "mount -o ro /dev/vg0/web /mnt && exec sleep 600";
     let _apart =
-        world.vm.spawn("apart", &[], &["unshare", "--mount", "--propagation", "private", "sh", "-c", mount])?;
+        world.vm.spawn("mounter", &[], &["unshare", "--mount", "--propagation", "private", "sh", "-c", mount])?;
     world.vm.run_ok("until grep -qs /dev/mapper/vg0-web /proc/[0-9]*/mountinfo; do sleep 0.1; done")?;
     ensure!(!world.vm.run_ok("cat /proc/self/mountinfo")?.contains("vg0-web"), "it is mounted elsewhere only");
     expect_in_use(world, "apart", "mounted at /mnt")
