@@ -16,7 +16,7 @@ use crate::vm::{Vm, quoted};
 
 const RUN: &str = include_str!("cell/run.sh");
 const AUDIT: &str = include_str!("cell/audit.sh");
-const LIMIT: Duration = Duration::from_secs(240);
+const LIMIT: Duration = Duration::from_secs(1200);
 
 /// Where cells are run.
 pub trait Shell {
@@ -155,6 +155,14 @@ impl<'a> Place<'a> {
     /// It fails.
     pub fn shell(&self, script: &str) -> Result<String> {
         self.shell.run(script)
+    }
+
+    /// Runs a script there with the daemon's settings in its environment.
+    ///
+    /// # Errors
+    /// It fails.
+    pub fn script(&self, script: &str) -> Result<String> {
+        self.shell.run(&format!("{}{script}", self.environment))
     }
 
     /// A provision with faults as `fail` reads them; `point` is the one that it is about, `action` what happens there.

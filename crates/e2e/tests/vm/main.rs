@@ -12,6 +12,7 @@ mod command;
 mod conformance;
 mod fault_host;
 mod fault_matrix;
+mod fault_soak;
 mod fault_storage;
 mod interruption;
 mod linked;
@@ -55,6 +56,7 @@ const SUBJECTS: &[(&str, &[Scenario])] = &[
     ("fault_matrix", fault_matrix::SCENARIOS),
     ("fault_storage", fault_storage::SCENARIOS),
     ("fault_host", fault_host::SCENARIOS),
+    ("fault_soak", fault_soak::SCENARIOS),
 ];
 
 /// Those that `make faults` runs and nobody else: they take minutes, and what they show others show in part.
@@ -68,7 +70,9 @@ const LONG: &[&str] = &[
     "fault_host::a_libvirt_that_hangs_ends_the_job_and_not_the_daemon",
     "fault_host::a_libvirt_that_restarts_is_no_failure",
     "fault_host::a_clock_that_is_set_changes_nothing",
+    "fault_host::a_job_is_resumed_after_memory_ran_out",
     "fault_host::what_was_reported_complete_survives_a_power_cut",
+    "fault_soak::a_thousand_broken_provisions_leave_nothing",
 ];
 
 /// What one job, or one command that waits for a job, may take in the emulated machine.

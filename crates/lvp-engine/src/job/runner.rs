@@ -288,9 +288,16 @@ impl<C: Send + 'static> Runner<C> {
         let inner = Arc::clone(&self.inner);
         tokio::spawn(async move {
             metrics::job_started();
-            // Whatever happens to it, it does not hold its volume for ever.
-            let ran = AssertUnwindSafe(inner.run(id, progress)).catch_unwind().await;
-            let ended = ran.unwrap_or_else(|panic| Err(panicked("the run of a job", &*panic))).unwrap_or_else(|error| {
+            // Whatever happens to it, it does not hold its volume for ever: what breaks off outside of a step is run again.
+            let ran = match AssertUnwindSafe(inner.run(id, progress)).catch_unwind().await {
+                Ok(ran) => ran,
+                Err(panic) => {
+                    let error = panicked("the run of a job", &*panic);
+                    tracing::error!(job_id = %id, error = %error.chain(), "the job is run again from its record");
+                    inner.store.requeue(id).await.map(|()| None)
+                }
+            };
+            let ended = ran.unwrap_or_else(|error| {
                 tracing::error!(job_id = %id, error = %error.chain(), "the job's end could not be recorded; it will be resumed");
                 None
             });

@@ -382,16 +382,16 @@ impl Context {
 
     /// A new volume goes with [`Context::undo_volume`]. What was written over cannot be brought back: that is said.
     pub(super) async fn undo_volume_populated(&mut self) -> Result<()> {
-        match (self.record.overwriting, &self.order.volume) {
-            (true, Some(volume)) => Err(Error::new(
-                ErrorCode::Interrupted,
-                format!(
-                    "volume {} was there before and is partly overwritten; it was kept. Provision it again before it is used",
-                    volume.name
-                ),
-            )),
-            _ => Ok(()),
-        }
+        let Some(volume) = self.order.volume.as_ref().filter(|_| self.record.claim == Some(Claim::Overwrite)) else {
+            return Ok(());
+        };
+        let how = match (self.record.overwriting, self.record.finished) {
+            (true, _) => "is partly overwritten; it was kept. Provision it again before it is used",
+            // What failed came behind the last byte and the tag.
+            (false, true) => "holds the new image, all of it; it was kept",
+            (false, false) => return Ok(()),
+        };
+        Err(Error::new(ErrorCode::Interrupted, format!("volume {} was there before and {how}", volume.name)))
     }
 
     /// What was done, for the volume as it is now.
