@@ -15,6 +15,7 @@ use xtask::process::{self, Input};
 use crate::vm::{Vm, quoted};
 
 const RUN: &str = include_str!("cell/run.sh");
+const DAEMON: &str = include_str!("cell/daemon.sh");
 const AUDIT: &str = include_str!("cell/audit.sh");
 const LIMIT: Duration = Duration::from_secs(1200);
 
@@ -125,7 +126,7 @@ impl<'a> Place<'a> {
         settings: &[(&str, String)],
     ) -> Result<Self> {
         let environment = settings.iter().map(|(name, value)| format!("export {name}={}\n", quoted(value))).collect();
-        for (name, script) in [("run.sh", RUN), ("audit.sh", AUDIT)] {
+        for (name, script) in [("run.sh", RUN), ("daemon.sh", DAEMON), ("audit.sh", AUDIT)] {
             shell.write(&format!("{directory}.scripts/{name}"), script)?;
         }
         Ok(Self { shell, directory: directory.to_owned(), binary: binary.to_owned(), group, environment })

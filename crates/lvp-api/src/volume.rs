@@ -5,11 +5,6 @@ use utoipa::ToSchema;
 
 use crate::{Digest, JobId, Receipt, VolumeName};
 
-/// What is not so is not shown.
-fn is_false(value: &bool) -> bool {
-    !value
-}
-
 /// A volume of a target.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Volume {
@@ -25,7 +20,7 @@ pub struct Volume {
     /// Whether lvp made it. Only then `delete` removes it.
     pub made_by_lvp: bool,
     /// Whether its job has not come to its end: it holds nothing that was promised. Absent where it has.
-    #[serde(default, skip_serializing_if = "is_false")]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub incomplete: bool,
     /// The job that made it.
     #[serde(default, skip_serializing_if = "Option::is_none")]

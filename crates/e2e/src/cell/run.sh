@@ -5,26 +5,10 @@
 # usage: BINARY PLACE REQUEST FAULTS POINT cancel|kill|error|panic|none; the daemon's settings are in the environment
 set -euo pipefail
 binary=$1 place=$2 request=$3 faults=$4 point=$5 action=$6
-log=$place/log wait=$place/wait events=$place/events
-export LVP_STATE_DIR=$place/state LVP_CACHE_DIR=$place/cache LVP_SOCKET=$place/socket LVP_CONFIG=$place/config.toml
-export LOG_FORMAT=json PORT=${PORT:-8081}
-daemon=
-
-ask() {
-  local path=$1
-  shift
-  curl -sS --max-time 150 --unix-socket "$place/socket" "$@" "http://lvp$path"
-}
-
-serve() {
-  # It does not outlive its cell, however that ends.
-  FAILPOINTS=$1 setsid timeout --signal=KILL 200 "$binary" serve </dev/null >>"$log" 2>&1 &
-  daemon=$!
-  until ask /livez -o /dev/null 2>/dev/null; do
-    kill -0 "$daemon" 2>/dev/null || { echo "the daemon did not come up" >&2; tail -n 5 "$log" >&2; exit 1; }
-    sleep 0.02
-  done
-}
+wait=$place/wait events=$place/events
+# It does not outlive its cell, however that ends.
+launch=(timeout --signal=KILL 200)
+. "$(dirname "$0")/daemon.sh"
 
 stop() {
   kill -TERM "$daemon" 2>/dev/null || true

@@ -6,26 +6,10 @@
 set -euo pipefail
 binary=$1 place=$2 url=$3 digest=$4 jobs=$5 faults=$6
 RANDOM=$7
-log=$place/log
-export LVP_STATE_DIR=$place/state LVP_CACHE_DIR=$place/cache LVP_SOCKET=$place/socket LVP_CONFIG=$place/config.toml
-export LOG_FORMAT=json PORT=${PORT:-8081} RUST_BACKTRACE=0
-daemon=
-
-ask() {
-  local path=$1
-  shift
-  curl -sS --max-time 150 --unix-socket "$place/socket" "$@" "http://lvp$path"
-}
-
-serve() {
-  # By its own process id: what it has is looked up by it.
-  FAILPOINTS=$1 setsid "$binary" serve </dev/null >>"$log" 2>&1 &
-  daemon=$!
-  until ask /livez -o /dev/null 2>/dev/null; do
-    kill -0 "$daemon" 2>/dev/null || { echo "the daemon did not come up" >&2; tail -n 5 "$log" >&2; exit 1; }
-    sleep 0.02
-  done
-}
+export RUST_BACKTRACE=0
+# By its own process id: what it has is looked up by it.
+launch=()
+. "$(dirname "$0")/daemon.sh"
 trap '[ -z "$daemon" ] || kill -KILL "$daemon" 2>/dev/null || true' EXIT
 
 submit() {

@@ -131,6 +131,15 @@ fn expect_failed(world: &World, group: &str, job: &Value, code: &str, word: &str
     Ok(())
 }
 
+/// That a new start of the daemon finds what is left in the group `faulty` and takes it back.
+fn expect_swept(world: &World, daemon: &Product<'_>) -> Result<()> {
+    daemon.process.kill_9()?;
+    daemon.start_again()?;
+    let gone = || world.vm.run_ok("lvs --noheadings -o lv_name faulty").is_ok_and(|left| left.is_empty()).then_some(());
+    ensure!(until(JOB, gone).is_some(), "left: {}\n{}", world.vm.run_ok("lvs -o+tags faulty")?, daemon.process.log()?);
+    Ok(())
+}
+
 fn a_write_error_in_the_middle_leaves_nothing(world: &World) -> Result<()> {
     let faulty = Faulty::make(world)?;
     let (daemon, id) = waiting_at(world, "middle", "faulty", "ensure_volume.end")?;
@@ -166,11 +175,7 @@ fn an_error_of_the_last_flush_leaves_nothing(world: &World) -> Result<()> {
     ensure!(job["status"] == "failed", "{job:#}");
     ensure!(failed.is_none() || job["details"]["not_undone"].to_string().contains("ensure_volume"), "{job:#}");
     // What could not be taken back is taken back at the next start.
-    daemon.process.kill_9()?;
-    daemon.start_again()?;
-    let gone = || world.vm.run_ok("lvs --noheadings -o lv_name faulty").is_ok_and(|left| left.is_empty()).then_some(());
-    ensure!(until(JOB, gone).is_some(), "left: {}\n{}", world.vm.run_ok("lvs -o+tags faulty")?, daemon.process.log()?);
-    Ok(())
+    expect_swept(world, &daemon)
 }
 
 fn a_device_that_vanishes_ends_the_job(world: &World) -> Result<()> {
@@ -183,11 +188,7 @@ fn a_device_that_vanishes_ends_the_job(world: &World) -> Result<()> {
     // When it comes back, a start of the daemon finds what was left and takes it back.
     faulty.table("0 409600 linear /dev/vg0/under 0\\n")?;
     world.vm.run_ok("vgck faulty || true")?;
-    daemon.process.kill_9()?;
-    daemon.start_again()?;
-    let gone = || world.vm.run_ok("lvs --noheadings -o lv_name faulty").is_ok_and(|left| left.is_empty()).then_some(());
-    ensure!(until(JOB, gone).is_some(), "left: {}\n{}", world.vm.run_ok("lvs -o+tags faulty")?, daemon.process.log()?);
-    Ok(())
+    expect_swept(world, &daemon)
 }
 
 fn a_slow_device_only_takes_its_time(world: &World) -> Result<()> {

@@ -249,9 +249,12 @@ impl<C: Send + 'static> Runner<C> {
         if running > 0 && !patience.is_zero() {
             tracing::info!(running, seconds = patience.as_secs(), "waiting for running jobs to end");
         }
+        let _ = tokio::time::timeout(patience, self.none_running()).await;
+    }
+
+    async fn none_running(&self) {
         let mut changes = self.changes();
-        let all_ended = async { while self.running() > 0 && changes.changed().await.is_ok() {} };
-        let _ = tokio::time::timeout(patience, all_ended).await;
+        while self.running() > 0 && changes.changed().await.is_ok() {}
     }
 
     /// Stops: no new jobs; running ones are left as recorded, to be resumed. Waits for them, `patience` at most.
@@ -260,9 +263,7 @@ impl<C: Send + 'static> Runner<C> {
         for live in self.inner.live().values() {
             live.progress.stop(Stop::Shutdown);
         }
-        let mut changes = self.changes();
-        let all_stopped = async { while self.running() > 0 && changes.changed().await.is_ok() {} };
-        if tokio::time::timeout(patience, all_stopped).await.is_err() {
+        if tokio::time::timeout(patience, self.none_running()).await.is_err() {
             tracing::warn!(
                 running = self.running(),
                 "jobs did not stop in time; they will be resumed from their record"

@@ -86,16 +86,12 @@ struct Record {
     /// The size of the disk in a qcow2 file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     size: Option<u64>,
-    /// Taken over by lvp, which did not make it.
-    #[serde(default, skip_serializing_if = "is_false")]
+    /// Taken over by lvp, which did not make it. What is not so is not written: the attribute stays as it was before there was
+    /// a word for it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     adopted: bool,
-    #[serde(default, skip_serializing_if = "is_false")]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     incomplete: bool,
-}
-
-/// What is not so is not written: the attribute is as it was before there was a word for it.
-fn is_false(value: &bool) -> bool {
-    !value
 }
 
 impl Directory {
