@@ -4,7 +4,7 @@
 
 use std::{env, os::unix::fs::PermissionsExt, path::Path};
 
-use lvp_api::{ByteSize, Check, DiskFormat, HealthStatus, TargetSpec};
+use lvp_api::{ByteSize, Check, HealthStatus, TargetSpec};
 
 use crate::{
     db,
@@ -177,17 +177,19 @@ async fn libvirt(settings: &EngineSettings) -> Check {
 
 async fn target(name: &str, target: Target) -> Check {
     let (name, label) = (format!("target:{name}"), target.backend.label());
-    let found: Result<_> = blocking(move || {
-        let volumes = if target.format == DiskFormat::Qcow2 { target.backend.list()? } else { Vec::new() };
-        Ok((target.backend.space()?, volumes))
-    })
-    .await;
+    let found: Result<_> = blocking(move || Ok((target.backend.space()?, target.backend.list()?))).await;
     match found {
         Err(error) => check(&name, Err(error)),
         Ok((space, volumes)) => {
             let free = format!("{label}: {} of {} free", ByteSize(space.free), ByteSize(space.total));
             match without_base(&volumes) {
-                None => seen(&name, HealthStatus::Healthy, free, None),
+                None => match incomplete(&volumes) {
+                    None => seen(&name, HealthStatus::Healthy, free, None),
+                    Some(incomplete) => {
+                        let hint = "a job works on it, or the daemon removes it: at its start, and every hour";
+                        seen(&name, HealthStatus::Healthy, format!("{free}; incomplete: {incomplete}"), Some(hint))
+                    }
+                },
                 Some(lost) => {
                     let hint = "bring the base back from a backup, with its extended attributes (cp -a); \
                                 until then the volume cannot be read";
@@ -206,6 +208,13 @@ fn without_base(volumes: &[Volume]) -> Option<String> {
         .map(|(volume, link)| format!("{volume} needs {}, which is not there or no complete base", link.name))
         .collect();
     (!lost.is_empty()).then(|| lost.join("; "))
+}
+
+/// Which volumes hold nothing that was promised.
+fn incomplete(volumes: &[Volume]) -> Option<String> {
+    let names: Vec<&str> =
+        volumes.iter().filter(|volume| volume.tags.incomplete).map(|volume| volume.name.as_str()).collect();
+    (!names.is_empty()).then(|| names.join(", "))
 }
 
 async fn store(settings: &EngineSettings) -> Vec<Check> {

@@ -13,9 +13,14 @@ use lvp_api::{
     BaseVolume, ErrorCode, Health, Image, ImageVerification, Job, JobId, JobKind, JobList, JobStatus, Plan,
     PrefetchRequest, ProvisionRequest, Receipt, Submitted, Volume, VolumeName, VolumeVerification,
 };
-use tokio::{sync::Mutex, task::AbortHandle, time};
+use tokio::{
+    sync::{Mutex, watch},
+    task::AbortHandle,
+    time,
+};
 
 use crate::{
+    courtesy::Courtesy,
     db,
     error::{Error, Result},
     health,
@@ -61,22 +66,22 @@ struct Inner {
     libvirt_required: bool,
     /// How long running jobs may go on when it stops.
     stop_grace: Duration,
-    /// Looks for leftovers, at the start and then every hour.
-    sweeper: Option<AbortHandle>,
+    /// What looks for leftovers, at the start and then every hour; what looks after the guests' pressure.
+    looking: Vec<AbortHandle>,
+    /// What the last look found and left.
+    leftovers: watch::Receiver<Vec<String>>,
     _lock: Lock,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.end_sweeping();
+        self.end_looking();
     }
 }
 
 impl Inner {
-    fn end_sweeping(&self) {
-        if let Some(sweeper) = &self.sweeper {
-            sweeper.abort();
-        }
+    fn end_looking(&self) {
+        self.looking.iter().for_each(AbortHandle::abort);
     }
 }
 
@@ -107,6 +112,11 @@ impl Engine {
             ledger: ledger.clone(),
         })
         .await?;
+        let mut limits = Limits::new(settings.download_limit, settings.write_limit);
+        let courtesy = settings.courtesy.map(Courtesy::new).transpose()?;
+        if let Some(courtesy) = &courtesy {
+            limits = limits.and(&courtesy.limits());
+        }
         let services = Arc::new(Services {
             images,
             sources: settings.sources,
@@ -114,7 +124,7 @@ impl Engine {
             libvirt,
             base_locks: provision::BaseLocks::default(),
             workers: settings.workers,
-            limits: Limits::new(settings.download_limit, settings.write_limit),
+            limits,
             io_priority: settings.io_priority,
             ledger,
             keeping: Keeping { thin_floor: settings.thin_floor, database: recorded_in.to_owned() },
@@ -128,8 +138,11 @@ impl Engine {
         let runner = Runner::new(store.clone(), execution, settings.max_concurrent_jobs, settings.job_history);
         runner.begin(settings.recovery).await?;
         // Only a daemon is there for long enough to look after what others left.
+        let (found, leftovers) = watch::channel(Vec::new());
         let sweeper = (settings.recovery == Recovery::Resume)
-            .then(|| tokio::spawn(sweep_always(Arc::clone(&services), runner.clone(), settings.leftover_grace)));
+            .then(|| tokio::spawn(sweep_always(Arc::clone(&services), runner.clone(), settings.leftover_grace, found)));
+        let courtesy = courtesy.map(|courtesy| tokio::spawn(courtesy.look_always()));
+        let looking = sweeper.into_iter().chain(courtesy).map(|task| task.abort_handle()).collect();
         Ok(Self {
             inner: Arc::new(Inner {
                 services,
@@ -138,7 +151,8 @@ impl Engine {
                 verifying: Mutex::new(()),
                 libvirt_required,
                 stop_grace: settings.stop_grace,
-                sweeper: sweeper.map(|task| task.abort_handle()),
+                looking,
+                leftovers,
                 _lock: lock,
             }),
         })
@@ -415,8 +429,9 @@ impl Engine {
 
     /// The health of everything that jobs need.
     pub async fn health(&self) -> Health {
-        health::look(&self.inner.services, &self.inner.store, self.inner.libvirt_required, self.inner.runner.running())
-            .await
+        let Inner { services, store, runner, leftovers, libvirt_required, .. } = &*self.inner;
+        let leftovers = leftovers.borrow().clone();
+        health::look(services, store, *libvirt_required, runner.running(), &leftovers).await
     }
 
     /// Stops: no new jobs; running ones have their time to end, and then stop where they are, as recorded.
@@ -426,7 +441,7 @@ impl Engine {
 
     /// As [`Engine::shutdown`]; when `hurry` is there, running jobs stop at once.
     pub async fn shutdown_unless(&self, hurry: impl Future<Output = ()>) {
-        self.inner.end_sweeping();
+        self.inner.end_looking();
         self.inner.runner.retire();
         tokio::select! {
             () = self.inner.runner.idle(self.inner.stop_grace) => {}
@@ -445,9 +460,14 @@ pub fn backup_database(from: &Path, to: &Path) -> Result<u64> {
 }
 
 /// Looks for leftovers as long as the daemon is there.
-async fn sweep_always(services: Arc<Services>, runner: Runner<Context>, grace: Option<Duration>) {
+async fn sweep_always(
+    services: Arc<Services>,
+    runner: Runner<Context>,
+    grace: Option<Duration>,
+    found: watch::Sender<Vec<String>>,
+) {
     loop {
-        provision::sweep(&services, &runner, grace).await;
+        found.send_replace(provision::sweep(&services, &runner, grace).await);
         time::sleep(SWEEP_INTERVAL).await;
     }
 }

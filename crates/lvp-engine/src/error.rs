@@ -110,7 +110,13 @@ impl Error {
 
     /// An I/O error on `path` while `doing` ("reading", "creating").
     pub fn io(doing: &str, path: &std::path::Path, source: std::io::Error) -> Self {
-        Self::new(ErrorCode::InputOutput, format!("{doing} {} failed", path.display())).source(source)
+        let message = format!("{doing} {} failed", path.display());
+        if is_full(&source) {
+            return Self::new(ErrorCode::InsufficientSpace, message)
+                .source(source)
+                .hint("free space on its file system (`df` tells how much it has), or raise the quota of its owner");
+        }
+        Self::new(ErrorCode::InputOutput, message).source(source)
     }
 
     /// A defect of lvp itself.
@@ -123,6 +129,11 @@ impl Error {
     pub fn invalid(code: ErrorCode, invalid: &Invalid) -> Self {
         Self::new(code, invalid.0.clone())
     }
+}
+
+/// Whether a file system, or somebody's share of it, has no more space.
+pub fn is_full(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
 }
 
 impl fmt::Display for Error {

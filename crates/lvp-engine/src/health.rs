@@ -10,7 +10,13 @@ use crate::{error::Result, host::libvirt::Libvirt, job::Store, provision::Servic
 const LITTLE_SPACE: u64 = 20;
 
 /// The health now.
-pub async fn look(services: &Arc<Services>, store: &Store, libvirt_required: bool, active: usize) -> Health {
+pub async fn look(
+    services: &Arc<Services>,
+    store: &Store,
+    libvirt_required: bool,
+    active: usize,
+    leftovers: &[String],
+) -> Health {
     let mut checks =
         vec![check("database", store.check().await.map(|()| (HealthStatus::Healthy, "usable".to_owned())))];
     checks.push(services.images.check().await);
@@ -31,6 +37,7 @@ pub async fn look(services: &Arc<Services>, store: &Store, libvirt_required: boo
         }
         Err(error) => checks.push(check("targets", Err(error))),
     }
+    checks.extend(leftovers_check(leftovers));
     let pending = store.count_pending().await;
     Health {
         status: checks.iter().map(|check| check.status).max().unwrap_or(HealthStatus::Healthy),
@@ -62,6 +69,19 @@ async fn libvirt_check(libvirt: Libvirt, required: bool) -> Check {
         check.status = HealthStatus::Degraded;
     }
     check
+}
+
+/// Nothing where nothing is left.
+fn leftovers_check(leftovers: &[String]) -> Option<Check> {
+    (!leftovers.is_empty()).then(|| Check {
+        name: "leftovers".to_owned(),
+        status: HealthStatus::Degraded,
+        message: leftovers.join("; "),
+        hint: Some(
+            "what nobody uses is removed, of an unknown job after leftover_grace; `lvp volume release` keeps a volume for good"
+                .to_owned(),
+        ),
+    })
 }
 
 async fn target_check(name: &str, target: Target) -> Check {

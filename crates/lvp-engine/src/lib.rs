@@ -7,6 +7,7 @@
 //!  row 3   settings health bench     what it is told, what it tells of itself; what benchmarks measure beside it
 //!  row 2   provision                 the use case as a list of steps: where the siblings below meet
 //!  row 1   image format volume job   sources and cache · readers and copy · backends · queue, runner, store
+//!  row 1   courtesy                  slower while guests wait for their disks
 //!  row 0   watermark zero            how far a file is good; whether bytes are zero
 //!  row 0   qcow2_file                qcow2 files that lvp makes, and which file below one names
 //!  row 0   host db progress metrics task
@@ -18,6 +19,7 @@
 
 #[cfg(feature = "bench")]
 pub mod bench;
+mod courtesy;
 mod db;
 pub mod doctor;
 mod engine;
@@ -63,6 +65,6 @@ pub use error::{Error, Result};
 pub use image::parsers;
 pub use metrics::describe as describe_metrics;
 pub use settings::{
-    Caller, Credentials, EngineSettings, IoPriority, LEAST_RATE, LibvirtSetting, LockRetry, Recovery, Secret,
-    SourceSettings, TargetSettings, parse_endpoint,
+    Caller, CourtesySettings, Credentials, EngineSettings, IoPriority, LEAST_RATE, LibvirtSetting, LockRetry, Recovery,
+    Secret, SourceSettings, TargetSettings, parse_endpoint,
 };

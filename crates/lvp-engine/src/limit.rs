@@ -8,20 +8,28 @@
 //! so that a timer's delay does not lower the rate. It leaves out the waiting itself: see `progress`.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 /// What was not used may be used so much later: longer than a timer is late, shorter than anybody notices.
 const CATCH_UP: Duration = Duration::from_millis(50);
 
-/// One rate. Whoever has it keeps it together with the others who have it.
+/// One rate, or none for now. Whoever has it keeps it together with the others who have it.
 #[derive(Debug)]
 pub struct RateLimit {
-    bytes_per_second: u64,
+    /// [`UNLIMITED`] for none.
+    bytes_per_second: AtomicU64,
+    /// What was given out so far.
+    taken: AtomicU64,
     /// The end of the last part that was given out.
     free: Mutex<Instant>,
 }
+
+const UNLIMITED: u64 = u64::MAX;
 
 impl RateLimit {
     /// Slower than this many bytes a second, no disk would ever be written; a limit below is a mistake.
@@ -29,14 +37,41 @@ impl RateLimit {
 
     /// So many bytes a second; fewer than [`LEAST`](Self::LEAST) are raised to it.
     pub fn new(bytes_per_second: u64) -> Self {
-        Self { bytes_per_second: bytes_per_second.max(Self::LEAST), free: Mutex::new(Instant::now()) }
+        let limit = Self::unlimited();
+        limit.set(Some(bytes_per_second));
+        limit
+    }
+
+    /// None, until one is [`set`](Self::set).
+    pub fn unlimited() -> Self {
+        Self {
+            bytes_per_second: AtomicU64::new(UNLIMITED),
+            taken: AtomicU64::default(),
+            free: Mutex::new(Instant::now()),
+        }
+    }
+
+    /// From now on so many bytes a second, as in [`new`](Self::new), or no limit. Who waits already waits for its part.
+    pub fn set(&self, bytes_per_second: Option<u64>) {
+        let rate = bytes_per_second.map_or(UNLIMITED, |rate| rate.max(Self::LEAST));
+        self.bytes_per_second.store(rate, Ordering::Relaxed);
+    }
+
+    /// The bytes of all parts that were given out so far.
+    pub fn taken(&self) -> u64 {
+        self.taken.load(Ordering::Relaxed)
     }
 
     /// Takes the next part, of so many bytes, and says how long after `now` it begins.
     fn take(&self, now: Instant, bytes: u64) -> Duration {
+        self.taken.fetch_add(bytes, Ordering::Relaxed);
+        let rate = self.bytes_per_second.load(Ordering::Relaxed);
+        if rate == UNLIMITED {
+            return Duration::ZERO;
+        }
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         let begin = (*free).max(now.checked_sub(CATCH_UP).unwrap_or(now));
-        *free = begin + Duration::from_secs_f64(bytes as f64 / self.bytes_per_second as f64);
+        *free = begin + Duration::from_secs_f64(bytes as f64 / rate as f64);
         begin.saturating_duration_since(now)
     }
 }
@@ -53,6 +88,11 @@ impl Limits {
     pub fn new(download: Option<u64>, write: Option<u64>) -> Self {
         let rates = |rate: Option<u64>| rate.map(|rate| Arc::new(RateLimit::new(rate))).into_iter().collect();
         Self { download: rates(download), write: rates(write) }
+    }
+
+    /// These rates, which somebody else may change.
+    pub fn of(download: Arc<RateLimit>, write: Arc<RateLimit>) -> Self {
+        Self { download: vec![download], write: vec![write] }
     }
 
     /// These and those together.
@@ -128,6 +168,24 @@ mod tests {
 
     #[test]
     fn no_rate_is_so_low_that_nothing_ever_ends() {
-        assert_eq!(RateLimit::new(0).bytes_per_second, RateLimit::LEAST);
+        let now = Instant::now() + SECOND;
+        let rate = RateLimit::new(0);
+        rate.take(now, RateLimit::LEAST);
+        assert_eq!(rate.take(now, 1), SECOND - CATCH_UP);
+    }
+
+    #[test]
+    fn a_rate_that_changes_counts_from_the_next_part_on() {
+        let rate = RateLimit::unlimited();
+        let now = Instant::now() + SECOND;
+        assert_eq!((rate.take(now, 1 << 40), rate.take(now, 1 << 40)), (Duration::ZERO, Duration::ZERO));
+        rate.set(Some(MIB));
+        assert_eq!(rate.take(now, MIB), Duration::ZERO, "what was taken before is not paid for");
+        rate.set(Some(2 * MIB));
+        assert_eq!(rate.take(now, MIB), SECOND - CATCH_UP);
+        assert_eq!(rate.take(now, MIB), SECOND + SECOND / 2 - CATCH_UP);
+        rate.set(None);
+        assert_eq!(rate.take(now, MIB), Duration::ZERO);
+        assert_eq!(rate.taken(), (1 << 41) + 4 * MIB);
     }
 }

@@ -4,6 +4,7 @@
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 pub use crate::{
+    courtesy::CourtesySettings,
     host::priority::IoPriority,
     image::{Credentials, Secret, SourceSettings, parse_endpoint},
     job::Recovery,
@@ -68,6 +69,8 @@ pub struct EngineSettings {
     pub download_limit: Option<u64>,
     /// Bytes a second that all jobs together may write to volumes, likewise.
     pub write_limit: Option<u64>,
+    /// From which pressure on jobs go slower; `None`: they never do.
+    pub courtesy: Option<CourtesySettings>,
     /// How urgent the copying of volumes is to the I/O scheduler.
     pub io_priority: IoPriority,
     /// Ended jobs that are remembered.

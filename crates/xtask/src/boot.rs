@@ -28,7 +28,7 @@ const QUIT: Duration = Duration::from_secs(30);
 /// The port of the machine's loopback that is reached from the host.
 pub const SERVICE: u16 = 8080;
 const KERNEL_ARGUMENTS: &str = "root=/dev/vda rw console=ttyS0 net.ifnames=0 mitigations=off panic=-1 quiet \
-     systemd.show_status=1 loglevel=5";
+     psi=1 systemd.show_status=1 loglevel=5";
 
 /// A started machine. Dropping it kills it, as does the end of this process.
 pub struct Running {

@@ -7,7 +7,7 @@ use e2e::{
 };
 use serde_json::Value;
 
-use crate::{JOB, Scenario};
+use crate::{JOB, Scenario, waiting::waiting_in};
 
 /// The scenarios.
 pub const SCENARIOS: &[Scenario] = &[
@@ -92,22 +92,22 @@ fn two_first_thin_jobs_at_once_make_one_base(world: &World) -> Result<()> {
 }
 
 fn a_half_made_base_of_a_killed_job_is_never_used(world: &World) -> Result<()> {
-    let published = world.publish(&world.large)?;
-    let daemon = serve(world, "half")?;
-    world.throttle(4 << 20)?;
-    let id = daemon.provision(&published.onto("web-1", "96M"))?;
-    daemon.populating(&id)?;
+    let mut environment = world.environment("half");
+    set(&mut environment, "LVM_THIN_POOL", Some("pool0"));
+    let published = world.publish(&world.small)?;
+    let (daemon, id) = waiting_in(world, "half", &environment, "populate.written", &published.onto("web-1", "80M"))?;
     daemon.process.kill_9()?;
     ensure!(world.bases()?.len() == 1 && world.volumes()?.is_empty(), "a half-made base is there");
-    world.unthrottle()?;
+    let other = serve(world, "other")?;
+    other.completed(&published.onto("web-2", "80M"))?;
+    ensure!(world.bases()?.len() == 2, "the half-made one is another daemon's: {:?}", world.bases()?);
+    other.process.stop()?;
+    // Its job finds the other's base, and needs its own no more.
     daemon.start_again()?;
-    let other = daemon.provision(&published.onto("web-2", "96M"))?;
-    for id in [&id, &other] {
-        daemon.job_completed(id, JOB)?;
-    }
+    daemon.job_completed(&id, JOB)?;
     ensure!(world.bases()?.len() == 1, "{:?}", world.bases()?);
     for name in ["web-1", "web-2"] {
-        world.expect_image(&format!("/dev/vg0/{name}"), &world.large)?;
+        world.expect_image(&format!("/dev/vg0/{name}"), &world.small)?;
     }
     Ok(())
 }

@@ -4,7 +4,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use e2e::{bed::World, product::Product};
+use e2e::{
+    bed::{BINARY, World, set},
+    product::Product,
+};
 use serde_json::Value;
 
 use crate::{JOB, Scenario};
@@ -16,6 +19,7 @@ pub const SCENARIOS: &[Scenario] = &[
     ("a_libvirt_that_restarts_is_no_failure", a_libvirt_that_restarts_is_no_failure),
     ("a_job_is_resumed_after_memory_ran_out", a_job_is_resumed_after_memory_ran_out),
     ("a_clock_that_is_set_changes_nothing", a_clock_that_is_set_changes_nothing),
+    ("a_binary_replaced_in_the_middle_of_jobs_loses_none", a_binary_replaced_in_the_middle_of_jobs),
     ("what_was_reported_complete_survives_a_power_cut", what_was_reported_complete_survives_a_power_cut),
 ];
 
@@ -102,6 +106,33 @@ fn a_clock_that_is_set_changes_nothing(world: &World) -> Result<()> {
     daemon.completed(&request(world, "web-2")?)?;
     ensure!(world.volumes()? == ["web", "web-2"], "{:?}", world.volumes()?);
     Ok(())
+}
+
+fn a_binary_replaced_in_the_middle_of_jobs(world: &World) -> Result<()> {
+    const PROGRAM: &str = "/opt/upgraded/lvp";
+    // Another build, as an older version is.
+    let older = world.faulty_binary()?;
+    world.vm.run_ok(&format!("install -D -m 755 {older} {PROGRAM}"))?;
+    let mut environment = world.environment("upgraded");
+    set(&mut environment, "LVP_STOP_GRACE", Some("1s"));
+    let daemon = Product::start_program(&world.vm, "upgraded", &environment, PROGRAM)?;
+    let published = world.publish(&world.large)?;
+    let mut ids = Vec::new();
+    for number in 0..4 {
+        let mut request = published.onto(&format!("web-{number}"), "96M");
+        request["limit_rate"] = "6M".into();
+        ids.push(daemon.provision(&request)?);
+    }
+    daemon.job_when(&ids[0], JOB, |job| job["progress"]["bytes_processed"].as_u64() > Some(0))?;
+    // As a package does it: the file is replaced under the running daemon, which is then started again.
+    world.vm.run_ok(&format!("install -m 755 {BINARY} {PROGRAM}.new; mv {PROGRAM}.new {PROGRAM}"))?;
+    daemon.process.stop()?;
+    daemon.start_again()?;
+    for (number, id) in ids.iter().enumerate() {
+        daemon.job_completed(id, JOB)?;
+        world.expect_image(&format!("/dev/vg0/web-{number}"), &world.large)?;
+    }
+    world.vm.run_ok("rm -r /opt/upgraded").map(drop)
 }
 
 /// How often the power is cut.

@@ -1,7 +1,7 @@
-//! Storage that fails under a running job: devices by device-mapper, thin pools and caches that become full, LVM itself.
+//! Storage that fails under a running job: devices by device-mapper, and file systems that become full.
 //!
 //! A volume group `faulty` stands on a device `under`, whose table a scenario changes in the middle of a job, which waits at
-//! a point for that. It leaves out what is refused before a job begins (`refusal`).
+//! a point for that. It leaves out LVM itself (`fault_lvm`), and what is refused before a job begins (`refusal`).
 
 use anyhow::{Result, ensure};
 use e2e::{
@@ -11,7 +11,10 @@ use e2e::{
 use serde_json::Value;
 use xtask::process::until;
 
-use crate::{JOB, Scenario};
+use crate::{
+    JOB, Scenario,
+    waiting::{WAIT, go_on, waiting_at, waiting_in},
+};
 
 /// The scenarios.
 pub const SCENARIOS: &[Scenario] = &[
@@ -20,16 +23,13 @@ pub const SCENARIOS: &[Scenario] = &[
     ("an_error_of_the_last_flush_leaves_nothing", an_error_of_the_last_flush_leaves_nothing),
     ("a_device_that_vanishes_ends_the_job_and_not_the_daemon", a_device_that_vanishes_ends_the_job),
     ("a_slow_device_only_takes_its_time", a_slow_device_only_takes_its_time),
-    ("a_thin_pool_that_others_fill_ends_the_job_and_not_the_daemon", a_thin_pool_that_others_fill_ends_the_job),
     ("a_read_error_in_the_cache_is_told_and_leaves_nothing", a_read_error_in_the_cache_is_told),
     ("a_cache_that_others_fill_is_told_and_leaves_nothing", a_cache_that_others_fill_is_told),
+    ("a_cache_that_others_fill_at_any_stage_leaves_nothing", a_cache_that_others_fill_at_any_stage),
+    ("a_file_system_that_others_fill_ends_the_job", a_file_system_that_others_fill_ends_the_job),
     ("a_cache_that_becomes_read_only_is_told", a_cache_that_becomes_read_only_is_told),
-    ("a_lock_of_lvm_that_is_held_is_waited_for", a_lock_of_lvm_that_is_held_is_waited_for),
-    ("output_of_lvm_that_cannot_be_read_changes_nothing", output_of_lvm_that_cannot_be_read_changes_nothing),
 ];
 
-/// Where a job that waits at a point says so.
-const WAIT: &str = "/run/lvp-wait";
 /// The sectors of the device under the volume group `faulty`: 200 MiB.
 const SECTORS: u64 = 200 * 2048;
 /// Makes that volume group; its device is a stretch of a volume of `vg0`.
@@ -87,38 +87,6 @@ impl Drop for Faulty<'_> {
     fn drop(&mut self) {
         let _ = self.world.vm.run(UNMAKE);
     }
-}
-
-/// A daemon on this group whose jobs wait at a point, and a job that waits there.
-fn waiting_at<'world>(world: &'world World, name: &str, group: &str, point: &str) -> Result<(Product<'world>, String)> {
-    let mut environment = world.environment(name);
-    set(&mut environment, "LVM_VOLUME_GROUP", Some(group));
-    let request = world.publish(&world.small)?.onto("web", "80M");
-    waiting_in(world, name, &environment, point, &request)
-}
-
-fn waiting_in<'world>(
-    world: &'world World,
-    name: &str,
-    environment: &[(String, String)],
-    point: &str,
-    request: &Value,
-) -> Result<(Product<'world>, String)> {
-    world.vm.run_ok(&format!("rm -f {WAIT}"))?;
-    let daemon = world.serve_faulty(name, environment, &format!("{point}=1*return(wait:{WAIT})"))?;
-    let id = daemon.provision(request)?;
-    let waits =
-        until(JOB, || world.vm.run(&format!("test -e {WAIT}")).is_ok_and(|found| found.code == 0).then_some(()));
-    ensure!(waits.is_some(), "the job did not come to {point}: {:#}", daemon.job(&id)?);
-    Ok((daemon, id))
-}
-
-/// Lets the job go on; gives it as it ended.
-fn go_on(world: &World, daemon: &Product<'_>, id: &str) -> Result<Value> {
-    world.vm.run_ok(&format!("rm {WAIT}"))?;
-    let job = daemon.job_ended(id, JOB)?;
-    ensure!(daemon.get("/livez")?.status == 200, "the daemon does not answer");
-    Ok(job)
 }
 
 /// That a job failed with this code and a sentence with `word`, and left no volume in the group.
@@ -202,26 +170,6 @@ fn a_slow_device_only_takes_its_time(world: &World) -> Result<()> {
     world.expect_image("/dev/faulty/web", &world.small)
 }
 
-fn a_thin_pool_that_others_fill_ends_the_job(world: &World) -> Result<()> {
-    // It gives errors when it is full, as pools do after a minute where they are not told to.
-    world.vm.run_ok(
-        "lvcreate --quiet --yes --type thin-pool --size 100M --chunksize 64k --zero y --name small vg0
-         lvchange --quiet --errorwhenfull y vg0/small
-         lvcreate --quiet --yes --virtualsize 200M --thinpool small --name other vg0",
-    )?;
-    let mut environment = world.environment("thin-full");
-    set(&mut environment, "LVM_THIN_POOL", Some("small"));
-    let request = world.publish(&world.large)?.onto("web", "96M");
-    let (daemon, id) = waiting_in(world, "thin-full", &environment, "populate.written", &request)?;
-    let fill = "dd if=/dev/urandom of=/dev/vg0/other bs=1M oflag=direct status=none || true";
-    world.vm.run_ok(&format!("{fill}; test $(lvs --noheadings -o data_percent vg0/small | cut -d. -f1) -ge 99"))?;
-    let job = go_on(world, &daemon, &id)?;
-    ensure!(job["status"] == "failed", "{job:#}");
-    let left = world.vm.run_ok("lvs --noheadings -o lv_name vg0 | tr -d ' ' | sort | tr '\\n' ' '")?;
-    ensure!(left.trim() == "other pool0 small", "left: {left}: {job:#}");
-    world.vm.run_ok("lvremove --yes --quiet vg0/other vg0/small >/dev/null").map(drop)
-}
-
 /// A file system of its own for the cache, of 64 MiB, on a device `cache` over the volume of that name; until dropped.
 struct SmallCache<'world> {
     world: &'world World,
@@ -280,18 +228,71 @@ fn a_read_error_in_the_cache_is_told(world: &World) -> Result<()> {
     }
 }
 
-fn a_cache_that_others_fill_is_told(world: &World) -> Result<()> {
+/// Takes what is free on the file system of the cache.
+const FILL: &str = "dd if=/dev/zero of=/srv/cache/others bs=1M status=none 2>/dev/null || true
+    dd if=/dev/zero of=/srv/cache/rest bs=1k status=none 2>/dev/null || true; sync";
+
+/// Fills it while a job waits at this point, and gives the job as it ended; nothing of it may be left but what it says.
+fn filled_at(world: &World, point: &str, request: &Value) -> Result<Value> {
     let cache = SmallCache::make(world)?;
-    let environment = cache.environment("cache-full");
-    let request = world.publish(&world.large)?.onto("web", "96M");
-    let (daemon, id) = waiting_in(world, "cache-full", &environment, "download.received", &request)?;
-    world.vm.run_ok("fallocate --length 100M /srv/cache/others 2>/dev/null || dd if=/dev/zero of=/srv/cache/others bs=1M status=none || true")?;
+    let (daemon, id) = waiting_in(world, "cache-full", &cache.environment("cache-full"), point, request)?;
+    world.vm.run_ok(FILL)?;
     let job = go_on(world, &daemon, &id)?;
+    daemon.process.stop()?;
+    let left = world.vm.run_ok("cd /srv/cache; find . -type f ! -name lock ! -name others ! -name rest")?;
+    let (images, rest): (Vec<&str>, Vec<&str>) = left.lines().partition(|file| file.ends_with(".qcow2"));
+    let is_cached = images.len() == 1;
+    ensure!(
+        images.len() <= 1 && rest.iter().all(|file| is_cached && !file.contains("partial")),
+        "at {point}, left: {left}"
+    );
+    Ok(job)
+}
+
+fn a_cache_that_others_fill_is_told(world: &World) -> Result<()> {
+    let job = filled_at(world, "download.received", &world.publish(&world.large)?.onto("web", "96M"))?;
     ensure!(job["status"] == "failed" && job["error_code"] == "cache_full", "{job:#}");
-    ensure!(world.volumes()? == ["cache"], "{:?}", world.volumes()?);
-    let left = world.vm.run_ok("cd /srv/cache; find . -type f ! -name lock ! -name others")?;
-    ensure!(left.is_empty(), "left: {left}");
+    ensure!(world.volumes()?.is_empty(), "{:?}", world.volumes()?);
     Ok(())
+}
+
+fn a_cache_that_others_fill_at_any_stage(world: &World) -> Result<()> {
+    let request = world.publish(&world.small)?.onto("web", "80M");
+    for point in ["ensure_volume.begin", "download.verified", "cache.remembered", "cache.published", "populate.written"]
+    {
+        let job = filled_at(world, point, &request)?;
+        eprintln!("{point}: {} {}", job["status"], job["error_code"]);
+        match job["status"].as_str() {
+            Some("completed") => world.expect_image("/dev/vg0/web", &world.small)?,
+            _ => ensure!(job["error_code"] == "cache_full" && world.volumes()?.is_empty(), "at {point}: {job:#}"),
+        }
+        world.vm.run_ok("lvremove --quiet --yes vg0/web >/dev/null 2>&1 || true; rm -r /var/lib/lvp-cache-full")?;
+    }
+    Ok(())
+}
+
+/// A directory of qcow2 volumes on a file system of its own, and where it is described.
+const FILES: &str = "lvcreate --quiet --yes --size 200M --name files vg0 >/dev/null; mkdir -p /srv/files
+    mkfs.ext4 -q -O ^has_journal /dev/vg0/files; mount /dev/vg0/files /srv/files; mkdir /srv/files/volumes
+    printf '[targets.files]\nkind = \"dir\"\npath = \"/srv/files/volumes\"\nformat = \"qcow2\"\n' >/var/lib/lvp-files.toml";
+
+fn a_file_system_that_others_fill_ends_the_job(world: &World) -> Result<()> {
+    world.vm.run_ok(FILES)?;
+    let mut environment = world.environment("files");
+    set(&mut environment, "LVP_CONFIG", Some("/var/lib/lvp-files.toml"));
+    let mut request = world.publish(&world.large)?.onto("web", "96M");
+    request["target"] = "files".into();
+    let waits = waiting_in(world, "files", &environment, "populate.written", &request);
+    let outcome = waits.and_then(|(daemon, id)| {
+        world.vm.run_ok(&FILL.replace("/srv/cache", "/srv/files"))?;
+        let job = go_on(world, &daemon, &id)?;
+        ensure!(job["status"] == "failed" && job["error_code"] == "insufficient_space", "{job:#}");
+        let left = world.vm.run_ok("find /srv/files/volumes -type f")?;
+        ensure!(left.is_empty() && job["details"].get("not_undone").is_none(), "left: {left}: {job:#}");
+        Ok(())
+    });
+    world.vm.run_ok("umount --lazy /srv/files; lvremove --quiet --yes vg0/files >/dev/null")?;
+    outcome
 }
 
 fn a_cache_that_becomes_read_only_is_told(world: &World) -> Result<()> {
@@ -309,31 +310,4 @@ fn a_cache_that_becomes_read_only_is_told(world: &World) -> Result<()> {
     let health = daemon.get("/health")?;
     ensure!(health.body.contains("/srv/cache") && health.status == 503, "{} {}", health.status, health.body);
     Ok(())
-}
-
-fn a_lock_of_lvm_that_is_held_is_waited_for(world: &World) -> Result<()> {
-    let (daemon, id) = waiting_at(world, "locked", "vg0", "ensure_volume.begin")?;
-    // As another command of LVM holds it.
-    let _holder = world.vm.spawn("holder", &[], &["flock", "/run/lock/lvm/V_vg0", "sleep", "20"])?;
-    world.vm.run_ok("until ! flock --nonblock /run/lock/lvm/V_vg0 true; do sleep 0.05; done")?;
-    let job = go_on(world, &daemon, &id)?;
-    ensure!(job["status"] == "completed", "{job:#}");
-    world.expect_image("/dev/vg0/web", &world.small)
-}
-
-fn output_of_lvm_that_cannot_be_read_changes_nothing(world: &World) -> Result<()> {
-    world.make_volume("web", "--size 64M")?;
-    let before = world.content("web")?;
-    // A later LVM might say it so.
-    world.vm.run_ok("mkdir -p /opt/other; printf '#!/bin/sh\\necho \"{ \\\"report\\\": 7 }\"\\n' >/opt/other/lvs; chmod 755 /opt/other/lvs")?;
-    let mut environment = world.environment("strange");
-    set(&mut environment, "PATH", Some("/opt/other:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"));
-    let daemon = world.serve_in("strange", &environment)?;
-    let job = daemon.job_ended(&daemon.provision(&world.publish(&world.small)?.onto("web", "64M"))?, JOB)?;
-    ensure!(
-        job["status"] == "failed" && job["details"]["command"].as_str().is_some_and(|words| words.starts_with("lvs ")),
-        "{job:#}"
-    );
-    ensure!(world.content("web")? == before && world.volumes()? == ["web"], "something was touched");
-    world.vm.run_ok("rm -r /opt/other").map(drop)
 }

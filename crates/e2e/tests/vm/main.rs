@@ -10,7 +10,9 @@ mod bases;
 mod cache;
 mod command;
 mod conformance;
+mod courtesy;
 mod fault_host;
+mod fault_lvm;
 mod fault_matrix;
 mod fault_soak;
 mod fault_storage;
@@ -22,6 +24,7 @@ mod refusal;
 mod reuse;
 mod smoke;
 mod source;
+mod waiting;
 
 use std::{
     env,
@@ -53,8 +56,10 @@ const SUBJECTS: &[(&str, &[Scenario])] = &[
     ("queue", queue::SCENARIOS),
     ("cache", cache::SCENARIOS),
     ("command", command::SCENARIOS),
+    ("courtesy", courtesy::SCENARIOS),
     ("fault_matrix", fault_matrix::SCENARIOS),
     ("fault_storage", fault_storage::SCENARIOS),
+    ("fault_lvm", fault_lvm::SCENARIOS),
     ("fault_host", fault_host::SCENARIOS),
     ("fault_soak", fault_soak::SCENARIOS),
 ];
@@ -66,7 +71,12 @@ const LONG: &[&str] = &[
     "fault_storage::a_slow_device_only_takes_its_time",
     "fault_storage::a_read_error_in_the_cache_is_told_and_leaves_nothing",
     "fault_storage::a_cache_that_becomes_read_only_is_told",
-    "fault_storage::a_lock_of_lvm_that_is_held_is_waited_for",
+    "fault_storage::a_cache_that_others_fill_at_any_stage_leaves_nothing",
+    "fault_storage::a_file_system_that_others_fill_ends_the_job",
+    "fault_lvm::a_lock_of_lvm_that_is_held_is_waited_for",
+    "fault_lvm::a_thin_pool_without_metadata_left_ends_the_job_and_not_the_daemon",
+    "fault_lvm::an_lvcreate_that_hangs_is_ended_and_its_volume_removed",
+    "fault_lvm::devices_that_appear_late_are_no_failure_and_without_udev_nothing_is_left",
     "fault_host::a_libvirt_that_hangs_ends_the_job_and_not_the_daemon",
     "fault_host::a_libvirt_that_restarts_is_no_failure",
     "fault_host::a_clock_that_is_set_changes_nothing",

@@ -6,4 +6,5 @@ pub mod cmd;
 pub mod confine;
 pub mod libvirt;
 pub mod lock;
+pub mod pressure;
 pub mod priority;

@@ -24,7 +24,7 @@ use std::{
 use lvp_api::{Digest, ErrorCode, ImageFormat};
 use rustix::fs::{CWD, RenameFlags};
 
-use super::{partial, sidecar::Sidecar};
+use super::{full::could_not, partial, sidecar::Sidecar};
 use crate::{
     error::{Error, Result},
     fault,
@@ -63,12 +63,12 @@ impl Directory {
     /// `state_locked` naming the process that holds the lock, or `input_output`.
     pub fn open(path: &Path) -> Result<Self> {
         let private = path.join(PRIVATE);
-        std::fs::create_dir_all(path).map_err(|error| Error::io("creating", path, error))?;
+        std::fs::create_dir_all(path).map_err(|error| could_not("creating", path, error))?;
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(&private)
-            .map_err(|error| Error::io("creating", &private, error))?;
+            .map_err(|error| could_not("creating", &private, error))?;
         let lock = Lock::acquire(&private.join("lock"), &format!("the image cache {}", path.display()))?;
         Ok(Self { path: path.to_owned(), private, _lock: lock })
     }
@@ -154,7 +154,7 @@ impl Directory {
     /// Writes a sidecar.
     pub fn remember(&self, name: &str, sidecar: &Sidecar) -> Result<()> {
         let path = self.sidecar(name);
-        sidecar.write(&path).map_err(|error| Error::io("writing", &path, error))
+        sidecar.write(&path).map_err(|error| could_not("writing", &path, error))
     }
 
     /// Makes a complete download an image, under the first name that is free; gives that name. Never replaces a file.
@@ -181,7 +181,7 @@ impl Directory {
                 Err(error) => {
                     self.forget(name)?;
                     if error.kind() != io::ErrorKind::AlreadyExists {
-                        return Err(Error::io("renaming a download to", &image, error));
+                        return Err(could_not("renaming a download to", &image, error));
                     }
                 }
             }
@@ -201,7 +201,7 @@ impl Directory {
         for path in [&self.path, &self.private] {
             File::open(path)
                 .and_then(|directory| directory.sync_all())
-                .map_err(|error| Error::io("syncing", path, error))?;
+                .map_err(|error| could_not("syncing", path, error))?;
         }
         Ok(())
     }
@@ -237,7 +237,7 @@ impl Directory {
         let path = self.private.join("probe.partial");
         std::fs::write(&path, b"lvp")
             .and_then(|()| std::fs::remove_file(&path))
-            .map_err(|error| Error::io("writing to", &self.private, error))
+            .map_err(|error| could_not("writing to", &self.private, error))
     }
 }
 

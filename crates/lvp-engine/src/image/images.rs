@@ -27,6 +27,7 @@ use super::{
     download::{Along, Download, Downloaded},
     entry::Entry,
     flight::{Flights, Joined, Lead},
+    full::could_not,
     hasher::{Digests, Hasher},
     index::{Index, Reservation},
     location::ImageUrl,
@@ -524,7 +525,7 @@ impl Unpublished {
         let published = images
             .with_index(move |index| {
                 let path = partial.path();
-                File::open(path).and_then(|file| file.sync_all()).map_err(|error| Error::io("syncing", path, error))?;
+                File::open(path).and_then(|file| file.sync_all()).map_err(|error| could_not("syncing", path, error))?;
                 let sidecar = Sidecar::new(&digests, wanted.format, size, virtual_size, verified);
                 let seen = SourceRecord::new(&wanted.url, info.as_ref(), size);
                 index.publish(path, &wanted.url.file_name(), sidecar, seen, &reservation)

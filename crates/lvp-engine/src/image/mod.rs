@@ -25,6 +25,7 @@ mod entry;
 mod escape;
 mod file;
 mod flight;
+mod full;
 mod hasher;
 mod http;
 mod images;

@@ -21,7 +21,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::source::SourceInfo;
+use super::{full::could_not, source::SourceInfo};
 use crate::error::{Error, Result};
 
 /// The kernel's name for the time since the machine was started (random(4)).
@@ -76,7 +76,7 @@ impl Partial {
         // Fetched with the operator's keys, so for nobody else to read; libvirt gives it to the domain that it is attached to.
         let opened =
             OpenOptions::new().read(true).write(true).create(true).truncate(!continued).mode(0o600).open(&path);
-        let file = opened.map_err(|error| Error::io("creating", &path, error))?;
+        let file = opened.map_err(|error| could_not("creating", &path, error))?;
         let partial = Self { path, left: false };
         let there = file.metadata().map_err(|error| Error::io("looking at", &partial.path, error))?.len();
         let there = if origin.is_some_and(|origin| there <= origin.size) { there } else { 0 };
@@ -102,7 +102,7 @@ impl Partial {
     fn write_origin(&self, origin: &Origin) -> Result<()> {
         let path = origin_path(&self.path);
         let written = origin.to_json().and_then(|text| std::fs::write(&path, text));
-        written.map_err(|error| Error::io("writing", &path, error))
+        written.map_err(|error| could_not("writing", &path, error))
     }
 }
 

@@ -7,11 +7,12 @@
 use std::{fs::File, io, num::NonZeroU64, os::unix::fs::FileExt, path::Path, sync::Arc};
 
 use bytes::Bytes;
-use lvp_api::{Digest, ErrorCode};
+use lvp_api::Digest;
 use rustix::fs::{Advice, fadvise};
 use tokio::{sync::mpsc, task::JoinHandle};
 
 use super::{
+    full::could_not,
     hasher::{Digests, Hasher},
     retry::Failure,
 };
@@ -67,7 +68,7 @@ impl Writer {
                 sent: kept,
                 restarted: false,
             };
-            work.run(&mut received, kept).map_err(|error| no_space(&path, error))?;
+            work.run(&mut received, kept).map_err(|error| could_not("writing", &path, error))?;
             Ok(Written { size: work.at, digests: work.hasher.finish(), restarted: work.restarted })
         });
         Self { orders: Some(orders), thread }
@@ -169,17 +170,5 @@ impl Work {
         (self.at, self.sent) = (0, 0);
         self.hasher = Hasher::new(self.expected.as_ref());
         Ok(())
-    }
-}
-
-fn no_space(path: &Path, error: io::Error) -> Error {
-    match error.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::new(
-            ErrorCode::CacheFull,
-            format!("the file system of the image cache became full while {} was written", path.display()),
-        )
-        .hint("free space on it, or set LVP_CACHE_MAX_BYTES so that other data has room")
-        .source(error),
-        _ => Error::io("writing", path, error),
     }
 }

@@ -42,6 +42,8 @@ use crate::{
 const STOP_FOLLOWS: Duration = Duration::from_secs(2);
 /// A job that was interrupted this often is not begun again.
 const MOST_ATTEMPTS: u32 = 5;
+/// How long what failed for no known reason is left alone before it is tried again.
+const BREATH: Duration = Duration::from_secs(1);
 
 /// Makes the context of a job from what is stored of it.
 pub type MakeContext<C> = Box<dyn Fn(&Stored, Progress) -> Result<C> + Send + Sync>;
@@ -278,7 +280,7 @@ impl<C: Send + 'static> Runner<C> {
                 Ok(None) => self.inner.wake.notified().await,
                 Err(error) => {
                     tracing::error!(error = %error.chain(), "the queue cannot be read");
-                    tokio::time::sleep(Duration::from_secs(1)).await;
+                    tokio::time::sleep(BREATH).await;
                 }
             }
         }
@@ -295,6 +297,8 @@ impl<C: Send + 'static> Runner<C> {
                 Err(panic) => {
                     let error = panicked("the run of a job", &*panic);
                     tracing::error!(job_id = %id, error = %error.chain(), "the job is run again from its record");
+                    // What breaks off each time shall not keep a processor busy.
+                    tokio::time::sleep(BREATH).await;
                     inner.store.requeue(id).await.map(|()| None)
                 }
             };

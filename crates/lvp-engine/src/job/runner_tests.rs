@@ -21,6 +21,15 @@ impl Diary {
         writeln!(file, "{line}").unwrap();
     }
 
+    fn record(&self) -> serde_json::Value {
+        let written = std::fs::read_to_string(&self.path).unwrap_or_default();
+        if self.fail_at.as_deref() == Some("record") && written.contains("+one") && !written.contains('!') {
+            self.write("!");
+            panic!("no paper");
+        }
+        json!({ "done": self.done })
+    }
+
     async fn ensure(&mut self, name: &str) -> Result<()> {
         self.write(&format!("+{name}"));
         match self.fail_at.as_deref() {
@@ -82,7 +91,7 @@ impl Bench {
                 Ok(Diary { path: path.clone(), fail_at: fail_at.clone(), done, progress })
             }),
             steps: |_| STEPS,
-            record: |diary| json!({ "done": diary.done }),
+            record: Diary::record,
         };
         Runner::new(self.store.clone(), execution, 2, 10)
     }
@@ -116,6 +125,20 @@ async fn steps_run_in_order() {
     let stored = until(&runner, id, |stored| stored.status.is_terminal()).await;
     assert_eq!((stored.status, stored.progress.percent), (JobStatus::Completed, 100));
     assert_eq!(bench.diary(), "+one +two ");
+}
+
+#[tokio::test]
+async fn what_breaks_off_outside_of_a_step_is_run_again_and_holds_nothing() {
+    let bench = Bench::new();
+    let runner = bench.runner(Some("record"));
+    runner.begin(Recovery::Resume).await.unwrap();
+    let (id, _) = runner.submit(job()).await.unwrap();
+    let (next, _) = runner.submit(job()).await.unwrap();
+    for id in [id, next] {
+        let stored = until(&runner, id, |stored| stored.status.is_terminal()).await;
+        assert_eq!(stored.status, JobStatus::Completed);
+    }
+    assert_eq!(bench.diary(), "+one ! +one +two +one +two ");
 }
 
 #[tokio::test]

@@ -81,7 +81,7 @@ impl Context {
         if self.base_lock.is_none() {
             self.base_lock = Some(self.services.base_locks.hold(&backend.label(), &digest, &self.progress).await?);
         }
-        let Some(base) = sharing::find_base(&backend, &digest).await? else { return Ok(None) };
+        let Some(base) = sharing::find_base_for(self.id, &backend, &digest).await? else { return Ok(None) };
         let volume = sharing::clone_base(&backend, &base, &wanted, self.id).await?;
         self.know(&volume).await?;
         Ok(Some(Destination::Clone(base, Box::new(volume))))

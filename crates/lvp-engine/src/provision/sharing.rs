@@ -75,11 +75,13 @@ pub fn names_bases(digest: &Digest) -> bool {
 /// The base of an image in a place, if the place has it.
 pub async fn find_base(backend: &Arc<dyn VolumeBackend>, digest: &Digest) -> Result<Option<Base>> {
     let (backend, digest) = (Arc::clone(backend), digest.clone());
-    blocking(move || match backend.bases()? {
-        Some(bases) => bases.find(&digest),
-        None => Ok(None),
-    })
-    .await
+    blocking(move || backend.bases()?.map_or(Ok(None), |bases| bases.find(&digest))).await
+}
+
+/// The same, for a job to make a clone of it; see [`BaseStore::find_for`].
+pub async fn find_base_for(job: JobId, backend: &Arc<dyn VolumeBackend>, digest: &Digest) -> Result<Option<Base>> {
+    let (backend, digest) = (Arc::clone(backend), digest.clone());
+    blocking(move || backend.bases()?.map_or(Ok(None), |bases| bases.find_for(job, &digest))).await
 }
 
 /// Makes a base for this job to write, in a place that has bases; `None` elsewhere.

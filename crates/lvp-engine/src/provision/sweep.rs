@@ -114,19 +114,21 @@ fn job_of(volume: &Volume) -> Option<JobId> {
     volume.tags.job.filter(|_| volume.tags.made_by_lvp && volume.tags.incomplete)
 }
 
-/// Removes what may be removed, and says what it did and what is left; what cannot be removed waits for the next time.
-pub async fn sweep(services: &Arc<Services>, runner: &Runner<Context>, grace: Option<Duration>) {
+/// Removes what may be removed, and gives what is still left, with why; that waits for the next time.
+pub async fn sweep(services: &Arc<Services>, runner: &Runner<Context>, grace: Option<Duration>) -> Vec<String> {
     let found = match leftovers(services, runner).await {
         Ok(found) => found,
         Err(error) => {
             tracing::warn!(error = %error.chain(), "leftovers were not looked for");
-            return;
+            return vec![format!("leftovers were not looked for: {error}")];
         }
     };
     let (now, number) = (Timestamp::now(), found.len());
+    let mut left = Vec::new();
     for leftover in found {
         if !leftover.is_due(grace, now) {
             tracing::warn!(%leftover, "something was left, and is kept for now");
+            left.push(format!("{leftover}, and kept for now"));
             continue;
         }
         match remove(services, runner, &leftover).await {
@@ -134,10 +136,12 @@ pub async fn sweep(services: &Arc<Services>, runner: &Runner<Context>, grace: Op
             Ok(false) => {}
             Err(error) => {
                 tracing::warn!(%leftover, error = %error.chain(), "something was left, and cannot be removed now");
+                left.push(format!("{leftover}, and cannot be removed now: {error}"));
             }
         }
     }
     tracing::info!(number, "looked for leftovers");
+    left
 }
 
 /// Removes a leftover, if it still is one; says whether it was.

@@ -57,6 +57,16 @@ pub trait BaseStore: Send + Sync {
     /// The complete base of the image with this digest.
     fn find(&self, digest: &Digest) -> Result<Option<Base>>;
 
+    /// The complete base of this image, for a job that makes a clone of it. Another one made it: what this job had begun
+    /// itself, before it was interrupted, is not needed any more and is removed.
+    fn find_for(&self, job: JobId, digest: &Digest) -> Result<Option<Base>> {
+        let base = self.find(digest)?;
+        if base.is_some() {
+            self.discard(job)?;
+        }
+        Ok(base)
+    }
+
     /// Makes an unsealed base of `size` bytes, rounded up, and gives the target for this job to write it to; it reads
     /// zero. What an earlier attempt of the same job left is removed first.
     ///

@@ -307,6 +307,15 @@ fn of_two_jobs_with_one_digest_one_makes_the_base(backend: &dyn VolumeBackend, s
     // One after the other: the second gives the first's.
     let first = base_of(store, &digest, 6);
     assert_eq!(base_of(store, &digest, 7), first);
+    // One that was interrupted while it made its own, and finds the first's: nothing of its own stays.
+    let (maker, other) = (job(), job());
+    store.create(SIZE, maker).unwrap();
+    store.create(SIZE, other).unwrap();
+    assert_eq!(store.find_for(maker, &self::digest("c1")).unwrap(), None);
+    assert!(store.unsealed().unwrap().contains(&maker), "it may still be written");
+    assert_eq!(store.find_for(maker, &digest).unwrap().as_ref(), Some(&first));
+    assert_eq!(store.unsealed().unwrap(), [other]);
+    store.discard(other).unwrap();
     let volume = clone_of(store, &first, "conformance-1", SIZE);
     expect(&volume.path, SIZE, &[(0, 6), (SIZE - MIB, 6)]);
     backend.remove(&volume.name).unwrap();

@@ -150,6 +150,7 @@ fn settings(root: &Path, endpoint: &str) -> EngineSettings {
         workers: 2,
         download_limit: None,
         write_limit: None,
+        courtesy: None,
         io_priority: IoPriority::default(),
         leftover_grace: Some(Duration::from_secs(86400)),
         stop_grace: Duration::ZERO,

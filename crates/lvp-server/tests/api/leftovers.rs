@@ -33,6 +33,19 @@ async fn until_gone(path: &Path) {
     }
 }
 
+/// What health tells of leftovers, once they were looked for. One of the bed's targets is never usable.
+async fn until_told(bed: &Bed) -> Value {
+    let begun = Instant::now();
+    loop {
+        let health = bed.tcp().get("/health").await.expect(503);
+        if let Some(check) = health["checks"].as_array().unwrap().iter().find(|check| check["name"] == "leftovers") {
+            return check.clone();
+        }
+        assert!(begun.elapsed() < PATIENCE, "{health:#}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_an_unknown_job_left_incomplete_is_removed_after_the_grace_period_and_nothing_else_is() {
     let mut bed = Bed::new().await;
@@ -53,6 +66,11 @@ async fn what_an_unknown_job_left_incomplete_is_removed_after_the_grace_period_a
     bed.restart().await;
     before.retain(|line| !line.starts_with("volumes/old.raw"));
     assert_eq!(bed.listing(), before);
+    let told = until_told(&bed).await;
+    assert!(told["status"] == "degraded", "{told:#}");
+    let message = told["message"].as_str().unwrap();
+    assert!(message.contains("incomplete volume new in") && message.contains("kept for now"), "{message}");
+    assert!(message.contains("incomplete volume used in") && message.contains("cannot be removed now"), "{message}");
     drop(loop_device);
     bed.restart().await;
     until_gone(&bed.volume("used")).await;

@@ -13,8 +13,8 @@ use std::{
 
 use lvp_api::{ByteSize, DiskFormat, ErrorCode, TargetSpec, ZeroPolicy};
 use lvp_engine::{
-    Credentials, EngineSettings, Error, IoPriority, LEAST_RATE, LibvirtSetting, LockRetry, Recovery, Result, Secret,
-    SourceSettings, TargetSettings, parse_endpoint,
+    CourtesySettings, Credentials, EngineSettings, Error, IoPriority, LEAST_RATE, LibvirtSetting, LockRetry, Recovery,
+    Result, Secret, SourceSettings, TargetSettings, parse_endpoint,
 };
 use lvp_server::{Limits, listen::Addresses};
 
@@ -259,6 +259,15 @@ impl Config {
         }
     }
 
+    fn courtesy(&self) -> Result<Option<CourtesySettings>> {
+        let file = self.text("io_pressure_file").map(PathBuf::from);
+        match self.number("io_pressure_limit")? {
+            None => Ok(None),
+            Some(limit @ 1..=99) => Ok(Some(CourtesySettings { limit, file })),
+            Some(_) => Err(self.invalid("io_pressure_limit", "is not a number of percent from 1 to 99")),
+        }
+    }
+
     fn io_priority(&self) -> Result<IoPriority> {
         let text = self.text("io_priority").unwrap_or_default();
         let found = IoPriority::ALL.into_iter().find(|priority| priority.name() == text);
@@ -373,6 +382,7 @@ impl Config {
             workers: self.some("workers", self.number("workers")?.unwrap_or_else(default_workers))?,
             download_limit: self.rate("download_limit")?,
             write_limit: self.rate("write_limit")?,
+            courtesy: self.courtesy()?,
             io_priority: self.io_priority()?,
             leftover_grace: self.span_or_never("leftover_grace")?,
             stop_grace: self.span("stop_grace")?,

@@ -119,6 +119,19 @@ pub const SETTINGS: &[Setting] = &[
         "Bytes a second that all jobs together may write to volumes, such as 200M; not set: no limit",
     ),
     setting(
+        "io_pressure_limit",
+        &["LVP_IO_PRESSURE_LIMIT"],
+        None,
+        "Percent of the time in which the host's guests may wait for their disks before jobs go slower, such as 20; not set: jobs \
+         do not heed it",
+    ),
+    setting(
+        "io_pressure_file",
+        &["LVP_IO_PRESSURE_FILE"],
+        None,
+        "File that tells it; not set: the guests', /sys/fs/cgroup/machine.slice/io.pressure",
+    ),
+    setting(
         "io_priority",
         &["LVP_IO_PRIORITY"],
         Some("normal"),

@@ -51,6 +51,7 @@ fn what_is_not_a_setting_is_refused_with_the_nearest_name() {
         ("LVP_DOWNLOAD_LIMIT", "fast", "is not a size"),
         ("LVP_WRITE_LIMIT", "1K", "is less than 64 KiB a second"),
         ("LVP_THIN_FLOOR", "101", "is not a number of percent"),
+        ("LVP_IO_PRESSURE_LIMIT", "0", "is not a number of percent from 1 to 99"),
         ("LVP_IO_PRIORITY", "Low", "is not one of normal, low and idle"),
     ] {
         let refused = run(bed.command(&["job", "list"]).env(name, value)).exits(2);

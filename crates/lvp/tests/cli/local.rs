@@ -106,6 +106,20 @@ fn results_are_json_or_yaml_for_programs_and_nothing_else_is_on_stdout() {
 }
 
 #[test]
+fn the_doctor_names_volumes_that_are_not_complete() {
+    let bed = Bed::new();
+    bed.publish("good.qcow2");
+    for name in ["web-1", "web-2"] {
+        bed.lvp(&["provision", "s3://images/good.qcow2", name, "--size", "8M"]).exits(0);
+    }
+    let record = r#"{"job":"0193f2b0-0000-7000-8000-000000000000","image":null,"incomplete":true}"#;
+    let value = format!("--value={record}");
+    images::run("setfattr", &["--name=user.lvp", &value, bed.volume("web-2").to_str().unwrap()]).unwrap();
+    let told = bed.lvp(&["doctor"]).exits(0);
+    assert!(told.stdout.contains("incomplete: web-2") && !told.stdout.contains("web-1"), "{told:?}");
+}
+
+#[test]
 fn a_dry_run_says_what_would_be_done_and_does_nothing() {
     let bed = Bed::new();
     bed.publish("good.qcow2");

@@ -85,6 +85,15 @@ impl<'a> PoolBases<'a> {
         Ok(self.rows()?.into_iter().find(|row| row.lv_name == unsealed_name(job)))
     }
 
+    /// The complete base of this digest among the rows; where there is one, the job's own is removed.
+    fn instead_of_own(&self, rows: &[LogicalVolume], job: JobId, digest: &Digest) -> Result<Option<Base>> {
+        let base = rows.iter().filter_map(|row| self.complete(row)).find(|base| base.digest == *digest);
+        if base.is_some() && rows.iter().any(|row| row.lv_name == unsealed_name(job)) {
+            self.lvm.remove_at_once(&unsealed_name(job))?;
+        }
+        Ok(base)
+    }
+
     pub(super) fn sealed_name(&self, digest: &Digest) -> String {
         let pool: String = self.pool_uuid.chars().take(DIGITS_OF_POOL).collect();
         format!("{PREFIX}{}-{pool}", short(digest))
@@ -140,6 +149,10 @@ impl BaseStore for PoolBases<'_> {
         Ok(self.list()?.into_iter().find(|base| base.digest == *digest))
     }
 
+    fn find_for(&self, job: JobId, digest: &Digest) -> Result<Option<Base>> {
+        self.instead_of_own(&self.rows()?, job, digest)
+    }
+
     fn create(&self, size: u64, job: JobId) -> Result<BlockTarget> {
         self.discard(job)?;
         self.lvm.make_new(&unsealed_name(job), size, job)?;
@@ -150,16 +163,11 @@ impl BaseStore for PoolBases<'_> {
 
     fn seal(&self, job: JobId, digest: &Digest, content: &ContentDigest) -> Result<Base> {
         let rows = self.rows()?;
-        let unsealed = rows.iter().find(|row| row.lv_name == unsealed_name(job));
-        let sealed = rows.iter().filter_map(|row| self.complete(row)).find(|base| base.digest == *digest);
-        let row = match (sealed, unsealed) {
-            (Some(base), unsealed) => {
-                unsealed.map_or(Ok(()), |row| self.lvm.remove_at_once(&row.lv_name))?;
-                return Ok(base);
-            }
-            (None, Some(row)) => row,
-            (None, None) => return Err(nothing_to_seal(job, &self.lvm.label())),
-        };
+        if let Some(base) = self.instead_of_own(&rows, job, digest)? {
+            return Ok(base);
+        }
+        let row = rows.iter().find(|row| row.lv_name == unsealed_name(job));
+        let row = row.ok_or_else(|| nothing_to_seal(job, &self.lvm.label()))?;
         self.mark(row, digest, content)?;
         fault::point("base.marked")?;
         let renamed = self.lvm.run_ok("lvrename", &[&self.lvm.group, &row.lv_name, &self.sealed_name(digest)]);

@@ -113,6 +113,10 @@ impl Lvm {
             .source(failed)
             .hint("remove volumes, or extend the group with vgextend");
         }
+        // lvcreate, which wipes the begin of a new volume (`wipe_lv`, `lib/metadata/lv_manip.c`).
+        if said.contains("not found: device not cleared") {
+            return failed.hint("udev did not make the new volume's device: look at `systemctl status systemd-udevd`");
+        }
         failed
     }
 
