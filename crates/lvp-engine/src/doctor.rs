@@ -10,7 +10,7 @@ use crate::{
     db,
     error::Result,
     health::check,
-    host::{confine, libvirt::Libvirt},
+    host::{confine, libvirt::Libvirt, pressure::PressureFile},
     image::probe_store,
     settings::{EngineSettings, LIBVIRT_URI, LibvirtSetting, POOL},
     task::blocking,
@@ -27,6 +27,7 @@ pub async fn examine(settings: &EngineSettings, socket: &Path) -> Vec<Check> {
     let libvirt = libvirt(settings).await;
     checks.push(cache(settings, libvirt.status == HealthStatus::Healthy).await);
     checks.push(libvirt);
+    checks.extend(pressure(settings));
     let targets = Targets::new(settings.targets.clone(), settings.lock_retry.clone());
     match targets.all() {
         Ok(all) => {
@@ -82,6 +83,17 @@ fn tools(settings: &EngineSettings) -> Vec<Check> {
         let hint = "apt install lvm2 (and look whether /usr/sbin is in PATH)";
         seen("tools", HealthStatus::Unhealthy, format!("missing: {}", missing.join(", ")), Some(hint))
     }]
+}
+
+/// Whether the guests' waits for their disks are told, where jobs shall heed them.
+fn pressure(settings: &EngineSettings) -> Option<Check> {
+    let courtesy = settings.courtesy.as_ref()?;
+    let told = PressureFile::open(courtesy.file.as_deref()).and_then(|file| file.waited());
+    let words = |waited: Option<_>| match waited {
+        Some(_) => "the waits of guests for their disks are told",
+        None => "there are no guests now, and so none that waits for its disks",
+    };
+    Some(check("io_pressure", told.map(|waited| (HealthStatus::Healthy, words(waited).to_owned()))))
 }
 
 /// What holds the threads that decode images.

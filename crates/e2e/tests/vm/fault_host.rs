@@ -116,11 +116,11 @@ fn a_binary_replaced_in_the_middle_of_jobs(world: &World) -> Result<()> {
     let mut environment = world.environment("upgraded");
     set(&mut environment, "LVP_STOP_GRACE", Some("1s"));
     let daemon = Product::start_program(&world.vm, "upgraded", &environment, PROGRAM)?;
-    let published = world.publish(&world.large)?;
+    let published = world.publish(&world.small)?;
     let mut ids = Vec::new();
-    for number in 0..4 {
-        let mut request = published.onto(&format!("web-{number}"), "96M");
-        request["limit_rate"] = "6M".into();
+    for number in 0..3 {
+        let mut request = published.onto(&format!("web-{number}"), "80M");
+        request["limit_rate"] = "1M".into();
         ids.push(daemon.provision(&request)?);
     }
     daemon.job_when(&ids[0], JOB, |job| job["progress"]["bytes_processed"].as_u64() > Some(0))?;
@@ -130,7 +130,7 @@ fn a_binary_replaced_in_the_middle_of_jobs(world: &World) -> Result<()> {
     daemon.start_again()?;
     for (number, id) in ids.iter().enumerate() {
         daemon.job_completed(id, JOB)?;
-        world.expect_image(&format!("/dev/vg0/web-{number}"), &world.large)?;
+        world.expect_image(&format!("/dev/vg0/web-{number}"), &world.small)?;
     }
     world.vm.run_ok("rm -r /opt/upgraded").map(drop)
 }

@@ -10,10 +10,10 @@ mod bases;
 mod cache;
 mod command;
 mod conformance;
-mod courtesy;
 mod fault_host;
 mod fault_lvm;
 mod fault_matrix;
+mod fault_pressure;
 mod fault_soak;
 mod fault_storage;
 mod interruption;
@@ -56,11 +56,11 @@ const SUBJECTS: &[(&str, &[Scenario])] = &[
     ("queue", queue::SCENARIOS),
     ("cache", cache::SCENARIOS),
     ("command", command::SCENARIOS),
-    ("courtesy", courtesy::SCENARIOS),
     ("fault_matrix", fault_matrix::SCENARIOS),
     ("fault_storage", fault_storage::SCENARIOS),
     ("fault_lvm", fault_lvm::SCENARIOS),
     ("fault_host", fault_host::SCENARIOS),
+    ("fault_pressure", fault_pressure::SCENARIOS),
     ("fault_soak", fault_soak::SCENARIOS),
 ];
 
@@ -82,6 +82,7 @@ const LONG: &[&str] = &[
     "fault_host::a_clock_that_is_set_changes_nothing",
     "fault_host::a_job_is_resumed_after_memory_ran_out",
     "fault_host::what_was_reported_complete_survives_a_power_cut",
+    "fault_pressure::a_copy_goes_slower_while_guests_wait_for_their_disks",
     "fault_soak::a_thousand_broken_provisions_leave_nothing",
 ];
 
