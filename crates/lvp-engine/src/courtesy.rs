@@ -60,13 +60,27 @@ impl Courtesy {
         Limits::of(Arc::clone(&self.download), Arc::clone(&self.write))
     }
 
+    /// Says whether there is somebody to heed.
+    fn tell_group(&self, look: &Look) {
+        let file = self.pressure.path().display().to_string();
+        if look.waited.is_some() {
+            tracing::info!(file, limit = self.settings.limit, "jobs heed how long guests wait for their disks");
+        } else {
+            tracing::info!(file, "there is no such group: no guest's wait for its disk is told");
+        }
+    }
+
     /// Looks after it until dropped.
     pub async fn look_always(self) {
         let mut before = Look::at(&self);
+        self.tell_group(&before);
         let mut rate = None;
         loop {
             tokio::time::sleep(LOOK).await;
             let now = Look::at(&self);
+            if now.waited.is_some() != before.waited.is_some() {
+                self.tell_group(&now);
+            }
             let (pressure, speed) = now.since(&before);
             let next = next_rate(rate, pressure > f64::from(self.settings.limit), speed);
             tell(rate, next, pressure);

@@ -4,7 +4,7 @@
 
 use std::{env, os::unix::fs::PermissionsExt, path::Path};
 
-use lvp_api::{ByteSize, Check, HealthStatus, TargetSpec};
+use lvp_api::{ByteSize, Check, HealthStatus, JobId, TargetSpec};
 
 use crate::{
     db,
@@ -88,12 +88,16 @@ fn tools(settings: &EngineSettings) -> Vec<Check> {
 /// Whether the guests' waits for their disks are told, where jobs shall heed them.
 fn pressure(settings: &EngineSettings) -> Option<Check> {
     let courtesy = settings.courtesy.as_ref()?;
-    let told = PressureFile::open(courtesy.file.as_deref()).and_then(|file| file.waited());
-    let words = |waited: Option<_>| match waited {
-        Some(_) => "the waits of guests for their disks are told",
-        None => "there are no guests now, and so none that waits for its disks",
-    };
-    Some(check("io_pressure", told.map(|waited| (HealthStatus::Healthy, words(waited).to_owned()))))
+    let told = PressureFile::open(courtesy.file.as_deref()).and_then(|file| {
+        let is_there = file.waited()?.is_some();
+        let what = if is_there {
+            "tells how long"
+        } else {
+            "is not there: no guests run, or not in this group; it tells how long"
+        };
+        Ok((HealthStatus::Healthy, format!("{} {what} guests wait for their disks", file.path().display())))
+    });
+    Some(check("io_pressure", told))
 }
 
 /// What holds the threads that decode images.
@@ -189,16 +193,20 @@ async fn libvirt(settings: &EngineSettings) -> Check {
 
 async fn target(name: &str, target: Target) -> Check {
     let (name, label) = (format!("target:{name}"), target.backend.label());
-    let found: Result<_> = blocking(move || Ok((target.backend.space()?, target.backend.list()?))).await;
+    let found: Result<_> = blocking(move || {
+        let unsealed = target.backend.bases()?.map_or(Ok(Vec::new()), |bases| bases.unsealed())?;
+        Ok((target.backend.space()?, target.backend.list()?, unsealed))
+    })
+    .await;
     match found {
         Err(error) => check(&name, Err(error)),
-        Ok((space, volumes)) => {
+        Ok((space, volumes, unsealed)) => {
             let free = format!("{label}: {} of {} free", ByteSize(space.free), ByteSize(space.total));
             match without_base(&volumes) {
-                None => match incomplete(&volumes) {
+                None => match incomplete(&volumes, &unsealed) {
                     None => seen(&name, HealthStatus::Healthy, free, None),
                     Some(incomplete) => {
-                        let hint = "a job works on it, or the daemon removes it: at its start, and every hour";
+                        let hint = "a job works on it, or the daemon removes it once nobody uses it, of an unknown job after leftover_grace";
                         seen(&name, HealthStatus::Healthy, format!("{free}; incomplete: {incomplete}"), Some(hint))
                     }
                 },
@@ -222,10 +230,10 @@ fn without_base(volumes: &[Volume]) -> Option<String> {
     (!lost.is_empty()).then(|| lost.join("; "))
 }
 
-/// Which volumes hold nothing that was promised.
-fn incomplete(volumes: &[Volume]) -> Option<String> {
-    let names: Vec<&str> =
-        volumes.iter().filter(|volume| volume.tags.incomplete).map(|volume| volume.name.as_str()).collect();
+/// Which volumes hold nothing that was promised, and whose bases are not finished.
+fn incomplete(volumes: &[Volume], unsealed: &[JobId]) -> Option<String> {
+    let names = volumes.iter().filter(|volume| volume.tags.incomplete).map(|volume| volume.name.to_string());
+    let names: Vec<String> = names.chain(unsealed.iter().map(|job| format!("the base of job {job}"))).collect();
     (!names.is_empty()).then(|| names.join(", "))
 }
 

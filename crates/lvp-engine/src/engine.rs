@@ -32,7 +32,7 @@ use crate::{
     job::{Execution, Filter, NewJob, Runner, Store},
     limit::Limits,
     progress::{Progress, Stop},
-    provision::{self, Context, Keeping, Order, Services},
+    provision::{self, Context, Keeping, Left, Order, Services},
     settings::{Caller, EngineSettings, LIBVIRT_URI, LibvirtSetting, POOL, Recovery},
     space::{Ledger, Place},
     task::blocking,
@@ -47,6 +47,8 @@ const LIBVIRT_SOCKETS: [&str; 2] = ["/var/run/libvirt/libvirt-sock", "/var/run/l
 const WATCH_INTERVAL: Duration = Duration::from_millis(250);
 /// Leftovers are looked for this often.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(3600);
+/// And this often while there are some.
+const SWEEP_AGAIN: Duration = Duration::from_secs(300);
 /// Running jobs have this long to stop where they are at a shutdown.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(20);
 
@@ -66,22 +68,18 @@ struct Inner {
     libvirt_required: bool,
     /// How long running jobs may go on when it stops.
     stop_grace: Duration,
-    /// What looks for leftovers, at the start and then every hour; what looks after the guests' pressure.
-    looking: Vec<AbortHandle>,
+    /// What looks for leftovers, at the start and then every hour.
+    sweeper: Option<AbortHandle>,
+    /// What looks after the guests' pressure, as long as a job may run.
+    courtesy: Option<AbortHandle>,
     /// What the last look found and left.
-    leftovers: watch::Receiver<Vec<String>>,
+    leftovers: watch::Receiver<Vec<Left>>,
     _lock: Lock,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.end_looking();
-    }
-}
-
-impl Inner {
-    fn end_looking(&self) {
-        self.looking.iter().for_each(AbortHandle::abort);
+        self.sweeper.iter().chain(&self.courtesy).for_each(AbortHandle::abort);
     }
 }
 
@@ -142,7 +140,6 @@ impl Engine {
         let sweeper = (settings.recovery == Recovery::Resume)
             .then(|| tokio::spawn(sweep_always(Arc::clone(&services), runner.clone(), settings.leftover_grace, found)));
         let courtesy = courtesy.map(|courtesy| tokio::spawn(courtesy.look_always()));
-        let looking = sweeper.into_iter().chain(courtesy).map(|task| task.abort_handle()).collect();
         Ok(Self {
             inner: Arc::new(Inner {
                 services,
@@ -151,7 +148,8 @@ impl Engine {
                 verifying: Mutex::new(()),
                 libvirt_required,
                 stop_grace: settings.stop_grace,
-                looking,
+                sweeper: sweeper.map(|task| task.abort_handle()),
+                courtesy: courtesy.map(|task| task.abort_handle()),
                 leftovers,
                 _lock: lock,
             }),
@@ -441,7 +439,7 @@ impl Engine {
 
     /// As [`Engine::shutdown`]; when `hurry` is there, running jobs stop at once.
     pub async fn shutdown_unless(&self, hurry: impl Future<Output = ()>) {
-        self.inner.end_looking();
+        self.inner.sweeper.iter().for_each(AbortHandle::abort);
         self.inner.runner.retire();
         tokio::select! {
             () = self.inner.runner.idle(self.inner.stop_grace) => {}
@@ -464,11 +462,13 @@ async fn sweep_always(
     services: Arc<Services>,
     runner: Runner<Context>,
     grace: Option<Duration>,
-    found: watch::Sender<Vec<String>>,
+    found: watch::Sender<Vec<Left>>,
 ) {
     loop {
-        found.send_replace(provision::sweep(&services, &runner, grace).await);
-        time::sleep(SWEEP_INTERVAL).await;
+        let left = provision::sweep(&services, &runner, grace).await;
+        let interval = if left.is_empty() { SWEEP_INTERVAL } else { SWEEP_AGAIN };
+        found.send_replace(left);
+        time::sleep(interval).await;
     }
 }
 

@@ -4,7 +4,14 @@ use std::sync::Arc;
 
 use lvp_api::{ByteSize, Check, Health, HealthStatus};
 
-use crate::{error::Result, host::libvirt::Libvirt, job::Store, provision::Services, task::blocking, volume::Target};
+use crate::{
+    error::Result,
+    host::libvirt::Libvirt,
+    job::Store,
+    provision::{Left, Services},
+    task::blocking,
+    volume::Target,
+};
 
 /// Less free space than this part of the whole deserves attention.
 const LITTLE_SPACE: u64 = 20;
@@ -15,7 +22,7 @@ pub async fn look(
     store: &Store,
     libvirt_required: bool,
     active: usize,
-    leftovers: &[String],
+    leftovers: &[Left],
 ) -> Health {
     let mut checks =
         vec![check("database", store.check().await.map(|()| (HealthStatus::Healthy, "usable".to_owned())))];
@@ -71,12 +78,14 @@ async fn libvirt_check(libvirt: Libvirt, required: bool) -> Check {
     check
 }
 
-/// Nothing where nothing is left.
-fn leftovers_check(leftovers: &[String]) -> Option<Check> {
-    (!leftovers.is_empty()).then(|| Check {
+/// Nothing where nothing is left. What has its time yet may be what another daemon works on.
+fn leftovers_check(leftovers: &[Left]) -> Option<Check> {
+    let messages: Vec<&str> = leftovers.iter().map(|left| left.message.as_str()).collect();
+    let is_due = leftovers.iter().any(|left| left.is_due);
+    (!messages.is_empty()).then(|| Check {
         name: "leftovers".to_owned(),
-        status: HealthStatus::Degraded,
-        message: leftovers.join("; "),
+        status: if is_due { HealthStatus::Degraded } else { HealthStatus::Healthy },
+        message: messages.join("; "),
         hint: Some(
             "what nobody uses is removed, of an unknown job after leftover_grace; `lvp volume release` keeps a volume for good"
                 .to_owned(),

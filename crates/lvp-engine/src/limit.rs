@@ -80,6 +80,8 @@ impl RateLimit {
 #[derive(Debug, Clone, Default)]
 pub struct Limits {
     download: Vec<Arc<RateLimit>>,
+    /// Of images that are files of this machine.
+    copy: Vec<Arc<RateLimit>>,
     write: Vec<Arc<RateLimit>>,
 }
 
@@ -87,24 +89,33 @@ impl Limits {
     /// Limits in bytes a second of what comes over the network, and of what is written to volumes; `None`: no limit.
     pub fn new(download: Option<u64>, write: Option<u64>) -> Self {
         let rates = |rate: Option<u64>| rate.map(|rate| Arc::new(RateLimit::new(rate))).into_iter().collect();
-        Self { download: rates(download), write: rates(write) }
+        Self { download: rates(download), copy: Vec::new(), write: rates(write) }
     }
 
-    /// These rates, which somebody else may change.
-    pub fn of(download: Arc<RateLimit>, write: Arc<RateLimit>) -> Self {
-        Self { download: vec![download], write: vec![write] }
+    /// Rates that somebody else may change: of what comes into the cache, from wherever, and of what is written to volumes.
+    pub fn of(cache: Arc<RateLimit>, write: Arc<RateLimit>) -> Self {
+        Self { download: vec![Arc::clone(&cache)], copy: vec![cache], write: vec![write] }
     }
 
     /// These and those together.
     #[must_use]
     pub fn and(&self, other: &Self) -> Self {
         let joined = |one: &[Arc<RateLimit>], two: &[Arc<RateLimit>]| one.iter().chain(two).cloned().collect();
-        Self { download: joined(&self.download, &other.download), write: joined(&self.write, &other.write) }
+        Self {
+            download: joined(&self.download, &other.download),
+            copy: joined(&self.copy, &other.copy),
+            write: joined(&self.write, &other.write),
+        }
     }
 
     /// How long who downloaded so many bytes waits before it takes more.
     pub fn after_download(&self, bytes: u64) -> Duration {
         longest(&self.download, bytes)
+    }
+
+    /// How long who copied so many bytes of a file of this machine waits before it takes more.
+    pub fn after_copy(&self, bytes: u64) -> Duration {
+        longest(&self.copy, bytes)
     }
 
     /// How long who writes so many bytes waits before.

@@ -29,6 +29,8 @@ const RATE_WINDOW: Duration = Duration::from_secs(5);
 const SAMPLE_DISTANCE: Duration = Duration::from_millis(200);
 /// A thread that waits looks this often whether to stop.
 const LOOK: Duration = Duration::from_millis(100);
+/// Who writes more waits for so many bytes at a time: a rate that changes holds for the next part.
+const PART: u64 = 1 << 20;
 
 /// Why a job is told to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -188,9 +190,9 @@ impl Progress {
         }
     }
 
-    /// Waits as long as the limits want after so many bytes came over the network.
-    pub async fn pace_download(&self, bytes: u64) {
-        let wait = self.limits.after_download(bytes);
+    /// Waits as long as the limits want after so many bytes of an image came: over the network, or from a file.
+    pub async fn pace_image(&self, bytes: u64, is_file: bool) {
+        let wait = if is_file { self.limits.after_copy(bytes) } else { self.limits.after_download(bytes) };
         if !wait.is_zero() {
             time::sleep(wait).await;
         }
@@ -203,14 +205,24 @@ impl Progress {
     /// than it was promised.
     pub fn pace_write(&self, bytes: u64) -> Result<()> {
         self.spender.may_take(bytes)?;
-        let mut left = self.limits.before_write(bytes);
+        let mut rest = bytes;
+        while rest > 0 {
+            let part = rest.min(PART);
+            self.keep_waiting(self.limits.before_write(part))?;
+            rest -= part;
+        }
+        self.check()
+    }
+
+    /// Keeps the thread so long, or until the job is told to stop.
+    fn keep_waiting(&self, mut left: Duration) -> Result<()> {
         while !left.is_zero() {
             self.check()?;
             let step = left.min(LOOK);
             thread::sleep(step);
             left -= step;
         }
-        self.check()
+        Ok(())
     }
 
     /// Notes that so many bytes were written to a volume.

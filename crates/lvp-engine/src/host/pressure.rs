@@ -18,6 +18,8 @@ use crate::error::{Error, Result};
 pub const OF_GUESTS: &str = "/sys/fs/cgroup/machine.slice/io.pressure";
 /// The whole host; there is one where the kernel tells pressure at all.
 const OF_HOST: &str = "/proc/pressure/io";
+/// Where cgroups are.
+const CGROUPS: &str = "/sys/fs/cgroup";
 /// There is one in a hierarchy of cgroups that tells pressure (cgroup v2).
 const UNIFIED: &str = "/sys/fs/cgroup/cgroup.controllers";
 
@@ -46,12 +48,18 @@ impl PressureFile {
                 "guests have no cgroup of version 2 here, which would tell theirs",
                 "set io_pressure_file to /proc/pressure/io, which counts lvp's own waits too, or leave io_pressure_limit out",
             ),
-            Some(path) if !path.exists() => missing(
+            // A group comes with its first task.
+            Some(path) if !path.exists() && !path.starts_with(CGROUPS) => missing(
                 &format!("there is no {}", path.display()),
                 "set io_pressure_file to the io.pressure of a cgroup, or leave it out for the guests'",
             ),
             _ => file.waited().map(|_| file),
         }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// How long tasks have waited so far; nothing where there is no such group now, and so nobody who waits.

@@ -319,10 +319,8 @@ impl Transfer {
         if chunk.is_some() && self.pace.is_too_slow(asked.elapsed(), length) {
             return Err(http::too_slow(&self.url));
         }
-        if matches!(self.body, Body::Web(_)) {
-            // While nobody asks for more, the connection's own flow control holds the sender back.
-            progress.pace_download(length).await;
-        }
+        // While nobody asks for more, a connection's own flow control holds the sender back.
+        progress.pace_image(length, matches!(self.body, Body::File(..))).await;
         Ok(chunk)
     }
 }

@@ -41,7 +41,7 @@ pub use self::{
     order::Order,
     services::{Keeping, STATE_KEPT, Services},
     sharing::{BaseLocks, all_bases, delete_image},
-    sweep::sweep,
+    sweep::{Left, sweep},
     verification::{valid_receipt, verify_volume},
     view::{view_job, view_volume},
 };

@@ -114,13 +114,22 @@ fn job_of(volume: &Volume) -> Option<JobId> {
     volume.tags.job.filter(|_| volume.tags.made_by_lvp && volume.tags.incomplete)
 }
 
-/// Removes what may be removed, and gives what is still left, with why; that waits for the next time.
-pub async fn sweep(services: &Arc<Services>, runner: &Runner<Context>, grace: Option<Duration>) -> Vec<String> {
+/// Something that is still there after a look, in words.
+#[derive(Debug, Clone)]
+pub struct Left {
+    /// What, of which job, and why it is there.
+    pub message: String,
+    /// Whether it ought to be gone; else it has its time.
+    pub is_due: bool,
+}
+
+/// Removes what may be removed, and gives what is still left; that waits for the next time.
+pub async fn sweep(services: &Arc<Services>, runner: &Runner<Context>, grace: Option<Duration>) -> Vec<Left> {
     let found = match leftovers(services, runner).await {
         Ok(found) => found,
         Err(error) => {
             tracing::warn!(error = %error.chain(), "leftovers were not looked for");
-            return vec![format!("leftovers were not looked for: {error}")];
+            return vec![Left { message: format!("leftovers were not looked for: {error}"), is_due: true }];
         }
     };
     let (now, number) = (Timestamp::now(), found.len());
@@ -128,7 +137,7 @@ pub async fn sweep(services: &Arc<Services>, runner: &Runner<Context>, grace: Op
     for leftover in found {
         if !leftover.is_due(grace, now) {
             tracing::warn!(%leftover, "something was left, and is kept for now");
-            left.push(format!("{leftover}, and kept for now"));
+            left.push(Left { message: format!("{leftover}, and kept for now"), is_due: false });
             continue;
         }
         match remove(services, runner, &leftover).await {
@@ -136,7 +145,7 @@ pub async fn sweep(services: &Arc<Services>, runner: &Runner<Context>, grace: Op
             Ok(false) => {}
             Err(error) => {
                 tracing::warn!(%leftover, error = %error.chain(), "something was left, and cannot be removed now");
-                left.push(format!("{leftover}, and cannot be removed now: {error}"));
+                left.push(Left { message: format!("{leftover}, and cannot be removed now: {error}"), is_due: true });
             }
         }
     }

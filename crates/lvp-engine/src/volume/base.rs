@@ -58,11 +58,12 @@ pub trait BaseStore: Send + Sync {
     fn find(&self, digest: &Digest) -> Result<Option<Base>>;
 
     /// The complete base of this image, for a job that makes a clone of it. Another one made it: what this job had begun
-    /// itself, before it was interrupted, is not needed any more and is removed.
+    /// itself, before it was interrupted, is not needed any more and is removed; if it cannot be now, that is no reason to
+    /// stop, and it is left.
     fn find_for(&self, job: JobId, digest: &Digest) -> Result<Option<Base>> {
         let base = self.find(digest)?;
         if base.is_some() {
-            self.discard(job)?;
+            tell_left(job, self.discard(job));
         }
         Ok(base)
     }
@@ -110,6 +111,13 @@ pub trait BaseStore: Send + Sync {
     /// # Errors
     /// `image_in_use` when a file stands on it; as [`needed_by`](Self::needed_by).
     fn remove(&self, digest: &Digest) -> Result<()>;
+}
+
+/// Says it when a job's own unsealed base, which it needs no more, stays for now.
+pub fn tell_left(job: JobId, discarded: Result<()>) {
+    if let Err(error) = discarded {
+        tracing::warn!(job_id = %job, error = %error.chain(), "the job's own unfinished base is left for now");
+    }
 }
 
 /// The part of a digest that stands in names.

@@ -28,7 +28,7 @@ use rustix::{
 };
 
 use super::{BlockTarget, locks, users_beside, users_of};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, is_full};
 
 /// Writes begin on multiples of this many bytes, and end on one or at the target's end. It is the largest logical
 /// block size in use, and the page size of the page cache.
@@ -137,14 +137,14 @@ impl OpenTarget {
     /// a multiple of [`BLOCK`]. Their number is a multiple too, but at the target's end.
     ///
     /// # Errors
-    /// `input_output`; `internal` for a range that is not aligned or passes the target's end.
+    /// `input_output`, `insufficient_space`; `internal` for a range that is not aligned or passes the target's end.
     pub fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
         self.bounds(offset, bytes.len() as u64)?;
         let whole = bytes.len() - bytes.len() % BLOCK;
         let (blocks, rest) = bytes.split_at(whole);
         self.write_blocks(blocks, offset)
             .and_then(|()| self.plain.write_all_at(rest, self.target.offset + offset + whole as u64))
-            .map_err(|error| Error::io("writing", &self.target.path, error).detail("offset", offset))
+            .map_err(|error| self.failed("writing", error).detail("offset", offset))
     }
 
     /// Makes `length` bytes from `offset` read as zero, and says how many of them the device or file system did by itself.
@@ -152,7 +152,7 @@ impl OpenTarget {
     /// for it, by us or by the kernel; its error ends the work.
     ///
     /// # Errors
-    /// What `may` gives; `input_output`; `internal` for a range that is not aligned or passes the target's end.
+    /// What `may` gives; `input_output`, `insufficient_space`; `internal` for a range that is not aligned or passes the target's end.
     pub fn zero(&self, offset: u64, length: u64, may: &mut dyn FnMut(u64) -> Result<()>) -> Result<u64> {
         self.bounds(offset, length)?;
         let end = offset + length;
@@ -160,8 +160,7 @@ impl OpenTarget {
         while at < end {
             let piece = (end - at).min(if self.device { DEVICE_PIECE } else { FILE_PIECE });
             may(self.written_to_zero(piece))?;
-            let (done, by_itself) =
-                self.zero_piece(at, piece).map_err(|error| Error::io("zeroing", &self.target.path, error))?;
+            let (done, by_itself) = self.zero_piece(at, piece).map_err(|error| self.failed("zeroing", error))?;
             at += done;
             offloaded += if by_itself { done } else { 0 };
         }
@@ -181,9 +180,21 @@ impl OpenTarget {
     /// Flushes to stable storage.
     ///
     /// # Errors
-    /// `input_output`: a write that was accepted before may be lost.
+    /// `input_output`, `insufficient_space`: a write that was accepted before may be lost.
     pub fn sync(&self) -> Result<()> {
-        self.plain.sync_data().map_err(|error| Error::io("flushing", &self.target.path, error))
+        self.plain.sync_data().map_err(|error| self.failed("flushing", error))
+    }
+
+    /// A device has no file system that could be full: it is a thin volume's pool (dm-thin gives `ENOSPC` where it does not
+    /// queue).
+    fn failed(&self, doing: &str, error: io::Error) -> Error {
+        let is_pool = self.device && is_full(&error);
+        let failed = Error::io(doing, &self.target.path, error);
+        if is_pool {
+            failed.hint("the thin pool is full: remove volumes or bases, or extend it with lvextend")
+        } else {
+            failed
+        }
     }
 
     /// Zeroes up to `length` bytes in the best way that works; says how many, and whether not by writing zeros.

@@ -187,7 +187,8 @@ impl BaseStore for FileBases<'_> {
     }
 
     fn seal(&self, job: JobId, digest: &Digest, content: &ContentDigest) -> Result<Base> {
-        if let Some(base) = self.find_for(job, digest)? {
+        if let Some(base) = self.find(digest)? {
+            self.discard(job)?;
             return Ok(base);
         }
         let (unsealed, sealed) = (self.unsealed_file(job), self.sealed(digest));

@@ -28,7 +28,7 @@ use crate::{
     host::block::BlockTarget,
     volume::{
         NewVolume, Volume, VolumeBackend,
-        base::{Base, BaseStore, fits, nothing_to_seal, short},
+        base::{Base, BaseStore, fits, nothing_to_seal, short, tell_left},
     },
 };
 
@@ -85,13 +85,17 @@ impl<'a> PoolBases<'a> {
         Ok(self.rows()?.into_iter().find(|row| row.lv_name == unsealed_name(job)))
     }
 
-    /// The complete base of this digest among the rows; where there is one, the job's own is removed.
-    fn instead_of_own(&self, rows: &[LogicalVolume], job: JobId, digest: &Digest) -> Result<Option<Base>> {
-        let base = rows.iter().filter_map(|row| self.complete(row)).find(|base| base.digest == *digest);
-        if base.is_some() && rows.iter().any(|row| row.lv_name == unsealed_name(job)) {
-            self.lvm.remove_at_once(&unsealed_name(job))?;
+    /// The complete base of this digest among the rows.
+    fn sealed_among(&self, rows: &[LogicalVolume], digest: &Digest) -> Option<Base> {
+        rows.iter().filter_map(|row| self.complete(row)).find(|base| base.digest == *digest)
+    }
+
+    /// Removes the job's unsealed base, if the rows have it.
+    fn discard_among(&self, rows: &[LogicalVolume], job: JobId) -> Result<()> {
+        match rows.iter().find(|row| row.lv_name == unsealed_name(job)) {
+            Some(row) => self.lvm.remove_at_once(&row.lv_name),
+            None => Ok(()),
         }
-        Ok(base)
     }
 
     pub(super) fn sealed_name(&self, digest: &Digest) -> String {
@@ -150,7 +154,13 @@ impl BaseStore for PoolBases<'_> {
     }
 
     fn find_for(&self, job: JobId, digest: &Digest) -> Result<Option<Base>> {
-        self.instead_of_own(&self.rows()?, job, digest)
+        // Both by one report.
+        let rows = self.rows()?;
+        let base = self.sealed_among(&rows, digest);
+        if base.is_some() {
+            tell_left(job, self.discard_among(&rows, job));
+        }
+        Ok(base)
     }
 
     fn create(&self, size: u64, job: JobId) -> Result<BlockTarget> {
@@ -163,7 +173,8 @@ impl BaseStore for PoolBases<'_> {
 
     fn seal(&self, job: JobId, digest: &Digest, content: &ContentDigest) -> Result<Base> {
         let rows = self.rows()?;
-        if let Some(base) = self.instead_of_own(&rows, job, digest)? {
+        if let Some(base) = self.sealed_among(&rows, digest) {
+            self.discard_among(&rows, job)?;
             return Ok(base);
         }
         let row = rows.iter().find(|row| row.lv_name == unsealed_name(job));
@@ -185,10 +196,7 @@ impl BaseStore for PoolBases<'_> {
     }
 
     fn discard(&self, job: JobId) -> Result<()> {
-        match self.unsealed_row(job)? {
-            Some(row) => self.lvm.remove_at_once(&row.lv_name),
-            None => Ok(()),
-        }
+        self.discard_among(&self.rows()?, job)
     }
 
     fn unsealed(&self) -> Result<Vec<JobId>> {
