@@ -21,13 +21,13 @@ if [ -n "$group" ]; then
          NF == 2 { print "pool-volume images/" $1 ":"; next } { print "libvirt " $1 ":" }'
 fi
 
-{ find "$place/cache" "$place/volumes" "$place/linked" ! -type d 2>/dev/null || true; } | sort | while read -r file; do
+{ find "$place/cache" "$place/volumes" "$place/qcow2" "$place/linked" ! -type d 2>/dev/null || true; } | sort | while read -r file; do
   # The lock file of the cache is there as long as the cache is.
   [ "$file" != "$place/cache/.lvp/lock" ] || continue
   attributes=$(getfattr --absolute-names --dump "$file" 2>/dev/null | sed -n 's/^user\.//p' | tr '\n' ';')
   content=$(md5sum <"$file" | cut -d' ' -f1)
   case $file in
-  */linked/*.qcow2)
+  */linked/*.qcow2 | */qcow2/*.qcow2)
     qemu-img convert -f qcow2 -O raw "$file" "$place/raw" && content=$(md5sum <"$place/raw" | cut -d' ' -f1)
     rm -f "$place/raw"
     ;;

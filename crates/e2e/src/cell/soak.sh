@@ -39,6 +39,8 @@ for number in $(seq "$jobs"); do
   [ "$number" -ne $((jobs / 2)) ] || { idle; kill -TERM "$daemon"; wait "$daemon" || true; serve "$faults"; }
   # Not all at once: the queue is not what this is about.
   if [ $((number % 8)) -eq 0 ]; then idle; fi
+  # So that it is fetched again and again, too.
+  if [ $((number % 16)) -eq 0 ]; then ask "/api/v1/images/sha256:$digest" -X DELETE -o /dev/null || true; fi
   [ "$number" -ne $((jobs / 2 + 50)) ] || begun=$(had)
 done
 ended=$(had)

@@ -55,7 +55,7 @@ fn a_libvirt_that_hangs_ends_the_job(world: &World) -> Result<()> {
     let ended = daemon.provision(&request(world, "web")?).and_then(|id| daemon.job_ended(&id, JOB));
     world.vm.run_ok("systemctl kill --signal=CONT libvirtd.service")?;
     let job = ended?;
-    ensure!(job["status"] == "failed" && job["error_code"] == "libvirt_unavailable", "{job:#}");
+    ensure!(job["error_code"] == "libvirt_unavailable" && job["retryable"] == true, "{job:#}");
     ensure!(world.content("web")? == before, "the volume was touched");
     daemon.completed(&request(world, "web")?)?;
     world.expect_image("/dev/vg0/web", &world.small)

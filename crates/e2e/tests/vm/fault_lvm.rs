@@ -10,15 +10,17 @@ use xtask::process::until;
 
 use crate::{
     JOB, Scenario,
-    waiting::{go_on, waiting_at, waiting_in},
+    waiting::{WAIT, go_on, waiting_at, waiting_in},
 };
 
 /// The scenarios.
 pub const SCENARIOS: &[Scenario] = &[
     ("a_group_that_others_fill_ends_the_job", a_group_that_others_fill_ends_the_job),
     ("a_thin_pool_that_others_fill_ends_the_job_and_not_the_daemon", a_thin_pool_that_others_fill_ends_the_job),
+    ("a_thin_pool_that_waits_for_space_ends_the_job_and_not_the_daemon", a_thin_pool_that_waits_for_space_ends_the_job),
     ("a_thin_pool_without_metadata_left_ends_the_job_and_not_the_daemon", a_pool_without_metadata_left_ends_the_job),
     ("a_lock_of_lvm_that_is_held_is_waited_for", a_lock_of_lvm_that_is_held_is_waited_for),
+    ("a_command_that_fails_on_a_lock_is_tried_again", a_command_that_fails_on_a_lock_is_tried_again),
     ("an_lvcreate_that_hangs_is_ended_and_its_volume_removed", an_lvcreate_that_hangs_is_ended),
     ("output_of_lvm_that_cannot_be_read_changes_nothing", output_of_lvm_that_cannot_be_read_changes_nothing),
     ("devices_that_appear_late_are_no_failure_and_without_udev_nothing_is_left", devices_that_appear_late_or_never),
@@ -41,25 +43,53 @@ fn a_group_that_others_fill_ends_the_job(world: &World) -> Result<()> {
     daemon.completed(&world.publish(&world.small)?.onto("web", "80M")).map(drop)
 }
 
-fn a_thin_pool_that_others_fill_ends_the_job(world: &World) -> Result<()> {
-    // It gives errors when it is full, as pools do after a minute where they are not told to.
-    world.vm.run_ok(
-        "lvcreate --quiet --yes --type thin-pool --size 100M --chunksize 64k --zero y --name small vg0
-         lvchange --quiet --errorwhenfull y vg0/small
-         lvcreate --quiet --yes --virtualsize 200M --thinpool small --name other vg0",
-    )?;
-    let mut environment = world.environment("thin-full");
+/// A job that writes to a thin pool which others fill meanwhile; gives it as it ended, and the times when it was asked how it goes.
+fn filled_under_a_job(world: &World, name: &str, options: &str) -> Result<(Value, Vec<Duration>)> {
+    world.vm.run_ok(&format!(
+        "lvcreate --quiet --yes --type thin-pool --size 100M --chunksize 64k --zero y {options} --name small vg0
+         lvcreate --quiet --yes --virtualsize 200M --thinpool small --name other vg0"
+    ))?;
+    let mut environment = world.environment(name);
     set(&mut environment, "LVM_THIN_POOL", Some("small"));
     let request = world.publish(&world.large)?.onto("web", "96M");
-    let (daemon, id) = waiting_in(world, "thin-full", &environment, "populate.written", &request)?;
-    let fill = "dd if=/dev/urandom of=/dev/vg0/other bs=1M oflag=direct status=none || true";
-    world.vm.run_ok(&format!("{fill}; test $(lvs --noheadings -o data_percent vg0/small | cut -d. -f1) -ge 99"))?;
-    let job = go_on(world, &daemon, &id)?;
+    let (daemon, id) = waiting_in(world, name, &environment, "base.created", &request)?;
+    // As much as the image needs is taken, and a write that waits for ever is nobody's but the job's.
+    world.vm.run_ok("dd if=/dev/urandom of=/dev/vg0/other bs=1M count=60 oflag=direct status=none")?;
+    world.vm.run_ok(&format!("rm {WAIT}"))?;
+    let mut answers = Vec::new();
+    let ended = until(JOB, || {
+        let asked = Instant::now();
+        let job = daemon.job(&id).ok()?;
+        answers.push(asked.elapsed());
+        ["failed", "completed"].iter().any(|status| job["status"] == *status).then_some(job)
+    });
+    let job =
+        ended.ok_or_else(|| anyhow::anyhow!("the job did not end:\n{}", daemon.process.log().unwrap_or_default()))?;
     ensure!(job["status"] == "failed" && job["error_code"] == "insufficient_space", "{job:#}");
     ensure!(job["hint"].as_str().is_some_and(|hint| hint.contains("thin pool")), "{job:#}");
+    ensure!(job["retryable"] == true && job["details"].get("not_undone").is_none(), "{job:#}");
     let left = all_volumes(world)?;
     ensure!(left == "other pool0 small", "left: {left}: {job:#}");
-    world.vm.run_ok("lvremove --yes --quiet vg0/other vg0/small >/dev/null").map(drop)
+    world.vm.run_ok("lvremove --yes --quiet vg0/other vg0/small >/dev/null")?;
+    Ok((job, answers))
+}
+
+fn a_thin_pool_that_others_fill_ends_the_job(world: &World) -> Result<()> {
+    filled_under_a_job(world, "thin-full", "--errorwhenfull y").map(drop)
+}
+
+fn a_thin_pool_that_waits_for_space_ends_the_job(world: &World) -> Result<()> {
+    let (job, answers) = filled_under_a_job(world, "thin-waits", "--errorwhenfull n")?;
+    // The daemon answered all the time, in which the kernel let the job's writes wait.
+    let (longest, all) = (answers.iter().max().copied().unwrap_or_default(), answers.iter().sum::<Duration>());
+    eprintln!(
+        "asked {} times, {:.1} s at most, {:.0} s in all",
+        answers.len(),
+        longest.as_secs_f32(),
+        all.as_secs_f32()
+    );
+    ensure!(answers.len() > 20 && longest < Duration::from_secs(20), "{answers:?} {job:#}");
+    Ok(())
 }
 
 /// Makes volumes in the pool `small`, of which LVM knows nothing, until its metadata has no room.
@@ -102,6 +132,29 @@ fn a_lock_of_lvm_that_is_held_is_waited_for(world: &World) -> Result<()> {
     world.expect_image("/dev/vg0/web", &world.small)
 }
 
+/// Makes LVM's commands fail at once when another one holds the lock; what was there before comes back.
+const DO_NOT_WAIT: &str = "mv /etc/lvm/lvmlocal.conf /etc/lvm/lvmlocal.conf.kept 2>/dev/null || true
+    printf 'global { wait_for_locks = 0 }\n' >/etc/lvm/lvmlocal.conf";
+const WAIT_AGAIN: &str =
+    "rm /etc/lvm/lvmlocal.conf; mv /etc/lvm/lvmlocal.conf.kept /etc/lvm/lvmlocal.conf 2>/dev/null || true";
+
+fn a_command_that_fails_on_a_lock_is_tried_again(world: &World) -> Result<()> {
+    let mut environment = world.environment("contended");
+    set(&mut environment, "LVM_RETRY_ATTEMPTS", Some("60"));
+    set(&mut environment, "LVM_RETRY_BACKOFF_MS", Some("1000"));
+    let request = world.publish(&world.small)?.onto("web", "80M");
+    let (daemon, id) = waiting_in(world, "contended", &environment, "ensure_volume.begin", &request)?;
+    world.vm.run_ok(DO_NOT_WAIT)?;
+    let _holder = world.vm.spawn("holder", &[], &["flock", "/run/lock/lvm/V_vg0", "sleep", "10"])?;
+    world.vm.run_ok("until ! flock --nonblock /run/lock/lvm/V_vg0 true; do sleep 0.05; done")?;
+    let job = go_on(world, &daemon, &id);
+    world.vm.run_ok(WAIT_AGAIN)?;
+    let job = job?;
+    ensure!(job["status"] == "completed", "{job:#}");
+    ensure!(daemon.process.log()?.contains("LVM is locked by another command"), "it did not meet the lock");
+    world.expect_image("/dev/vg0/web", &world.small)
+}
+
 /// A program of this name that is found before LVM's own.
 fn instead_of(world: &World, program: &str, script: &str) -> Result<()> {
     world.vm.write(&format!("/opt/other/{program}"), format!("#!/bin/sh\n{script}\n").as_bytes())?;
@@ -120,7 +173,7 @@ fn an_lvcreate_that_hangs_is_ended(world: &World) -> Result<()> {
     instead_of(world, "lvcreate", "/usr/sbin/lvcreate \"$@\"; sleep 3600")?;
     let daemon = world.serve_in("hanging", &environment_with_other(world, "hanging"))?;
     let job = daemon.job_ended(&daemon.provision(&world.publish(&world.small)?.onto("web", "64M"))?, JOB)?;
-    ensure!(job["status"] == "failed" && job["error_code"] == "command_failed", "{job:#}");
+    ensure!(job["status"] == "failed" && job["error_code"] == "command_failed" && job["retryable"] == true, "{job:#}");
     ensure!(job["error"].as_str().is_some_and(|words| words.contains("did not end within")), "{job:#}");
     ensure!(world.volumes()?.is_empty() && job["details"].get("not_undone").is_none(), "{job:#}");
     let left = world.vm.run_ok(
@@ -163,7 +216,8 @@ fn devices_that_appear_late_or_never(world: &World) -> Result<()> {
     let ended = daemon.provision(&request).and_then(|id| daemon.job_ended(&id, JOB));
     world.vm.run_ok(&format!("systemctl start {units}; udevadm trigger; udevadm settle"))?;
     let job = ended?;
-    ensure!(job["status"] == "failed" && job["hint"].as_str().is_some_and(|hint| hint.contains("udev")), "{job:#}");
+    ensure!(job["error_code"] == "command_failed" && job["retryable"] == true, "{job:#}");
+    ensure!(job["hint"].as_str().is_some_and(|hint| hint.contains("udev")), "{job:#}");
     ensure!(world.volumes()? == ["web"] && job["details"].get("not_undone").is_none(), "{job:#}");
     daemon.completed(&request)?;
     world.expect_image("/dev/vg0/web-2", &world.small)
@@ -197,7 +251,7 @@ fn two_daemons_on_one_group(world: &World) -> Result<()> {
     ensure!(looked.is_some(), "{}", second.log()?);
     let request = world.publish(&world.small)?.onto("web", "80M");
     let refused = submit(&request)?;
-    ensure!(refused["status"] == "failed" && refused["error_code"] == "volume_in_use", "{refused:#}");
+    ensure!(refused["error_code"] == "volume_in_use" && refused["retryable"] == true, "{refused:#}");
     let deleted = ask("DELETE", "/api/v1/volumes/web?force=true", None)?;
     ensure!(deleted.status == 409 && deleted.json()?["error"] == "volume_in_use", "{}", deleted.body);
     let job = go_on(world, &first, &id)?;

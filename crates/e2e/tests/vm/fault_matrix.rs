@@ -37,6 +37,8 @@ pub const SCENARIOS: &[Scenario] = &[
     ("a_reused_volume_is_complete_or_said_not_to_be", |world| matrix(world, &REUSED)),
     ("a_new_file_is_complete_or_was_never_there", |world| matrix(world, &FILE)),
     ("a_reused_file_is_complete_or_said_not_to_be", |world| matrix(world, &REUSED_FILE)),
+    ("a_file_of_a_cached_image_is_complete_or_was_never_there", |world| matrix(world, &CACHED)),
+    ("a_qcow2_file_is_complete_or_was_never_there", |world| matrix(world, &QCOW2)),
     ("a_linked_file_is_complete_or_was_never_there", |world| matrix(world, &LINKED)),
 ];
 
@@ -50,12 +52,21 @@ struct Kind {
     in_machine: bool,
     /// Whether the base of the image is there before.
     has_base: bool,
+    /// Whether the image is in the cache before.
+    has_image: bool,
     /// What makes the volume that is there before, in the place's directory.
     prepare: &'static str,
 }
 
-const THICK: Kind =
-    Kind { name: "thick", target: "default", volume: "volume web", in_machine: true, has_base: false, prepare: "" };
+const THICK: Kind = Kind {
+    name: "thick",
+    target: "default",
+    volume: "volume web",
+    in_machine: true,
+    has_base: false,
+    has_image: false,
+    prepare: "",
+};
 const THIN: Kind = Kind { name: "thin", target: "thin", ..THICK };
 const CLONE: Kind = Kind { name: "clone", has_base: true, ..THIN };
 const REUSED: Kind = Kind {
@@ -72,6 +83,8 @@ const REUSED_FILE: Kind = Kind {
         setfattr --name=user.own --value=backup volumes/web.raw",
     ..FILE
 };
+const CACHED: Kind = Kind { name: "file of a cached image", has_image: true, ..FILE };
+const QCOW2: Kind = Kind { name: "qcow2 file", target: "qcow2", volume: "file qcow2/web.qcow2", ..FILE };
 const LINKED: Kind = Kind { name: "linked", target: "linked", volume: "file linked/web.qcow2", ..FILE };
 
 /// The size of every volume.
@@ -86,6 +99,8 @@ const POOL: &str = "mkdir cache; virsh --quiet pool-info images >/dev/null 2>&1 
     { virsh --quiet pool-define-as images dir --target $PWD/cache; virsh --quiet pool-start images; }";
 /// A cell of so many is run where not all are: in the test machine, and on this one.
 const ONE_OF: [usize; 2] = [48, 4];
+/// Points that no kind of file passes: they meet one way in each kind of volume that does.
+const ONLY_IN_THE_MACHINE: &[&str] = &["base.cloned"];
 /// Every point that some kind of volume passed in this run, and how many kinds were run.
 static PASSED: Mutex<(BTreeSet<String>, usize)> = Mutex::new((BTreeSet::new(), 0));
 
@@ -199,6 +214,7 @@ impl<'a> Matrix<'a> {
         let directory = self.place.directory();
         let files = format!(
             "[targets.files]\nkind = \"dir\"\npath = \"{directory}/volumes\"\n
+             [targets.qcow2]\nkind = \"dir\"\npath = \"{directory}/qcow2\"\nformat = \"qcow2\"\n
              [targets.linked]\nkind = \"dir\"\npath = \"{directory}/linked\"\nformat = \"qcow2\"\nlinked = true\n"
         );
         let group = "[targets.default]\nkind = \"lvm\"\nvolume_group = \"vg0\"\n
@@ -206,26 +222,33 @@ impl<'a> Matrix<'a> {
         if self.kind.in_machine { format!("{group}{files}") } else { files }
     }
 
-    /// Makes the world as it is before a cell.
-    fn reset(&self, with_base: bool) -> Result<()> {
-        let script = match (self.kind.in_machine, with_base) {
+    /// Whether an earlier job has left something that this kind of volume begins with.
+    fn has_before(&self) -> bool {
+        self.kind.has_base || self.kind.has_image
+    }
+
+    /// Makes the world as it is before a cell, maybe with what an earlier job left.
+    fn reset(&self, with_before: bool) -> Result<()> {
+        let script = match (self.kind.in_machine, with_before) {
             (false, _) => String::new(),
             (true, true) => EMPTY_GROUP.to_owned(),
             (true, false) => format!("{EMPTY_GROUP}\n{EMPTY_BASES}"),
         };
         self.place.reset(&self.configuration(), &script)?;
         let pool = if self.kind.in_machine { POOL } else { "" };
-        self.place.shell(&format!("cd {}\n{pool}\n{}", self.place.directory(), self.kind.prepare)).map(drop)
+        let cache = if self.kind.has_image && with_before { "cp -a $PWD.kept cache" } else { "" };
+        self.place.shell(&format!("cd {}\n{pool}\n{cache}\n{}", self.place.directory(), self.kind.prepare)).map(drop)
     }
 
     /// Runs the job without a fault; gives the points that it passes.
     fn undisturbed(&self) -> Result<Vec<String>> {
-        if self.kind.has_base {
+        if self.has_before() {
             self.reset(false)?;
             let ran = self.place.run(&self.request, "", "none", None)?;
             ensure!(ran.job["status"] == "completed", "{:#}", ran.job);
+            self.place.shell(&format!("cd {}; rm -rf $PWD.kept; cp -a cache $PWD.kept", self.place.directory()))?;
         }
-        self.reset(self.kind.has_base)?;
+        self.reset(self.has_before())?;
         let before = self.place.audit()?;
         let Ran { job, points, .. } = self.place.run(&self.request, "", "none", None)?;
         let verdict = judge(&before, &self.place.audit()?, &job, &self.promise);
@@ -259,8 +282,13 @@ impl<'a> Matrix<'a> {
         }
         // Each point meets one way in each kind of file, and another one in the next kind.
         let (turn, one_of) = (self.kind.name.len(), ONE_OF[usize::from(!self.kind.in_machine)]);
-        let chosen = |number: usize| (number + number / Action::ALL.len() + turn).is_multiple_of(one_of);
-        cells.into_iter().enumerate().filter(|(number, _)| chosen(*number)).map(|(_, cell)| cell).collect()
+        let chosen = |number: usize, point: &str| {
+            let is_only_here = self.kind.in_machine && ONLY_IN_THE_MACHINE.contains(&point);
+            (number + number / Action::ALL.len() + turn).is_multiple_of(one_of)
+                || (is_only_here && (number + turn).is_multiple_of(Action::ALL.len()))
+        };
+        let numbered = cells.into_iter().enumerate();
+        numbered.filter(|(number, (_, point, _))| chosen(*number, point)).map(|(_, cell)| cell).collect()
     }
 
     /// What there is before a cell; where nothing is made anew for each, it is always the same.
@@ -275,7 +303,7 @@ impl<'a> Matrix<'a> {
 
     fn run(&mut self, faults: &str, point: &str, action: Action) -> Result<()> {
         let begun = Instant::now();
-        self.reset(self.kind.has_base)?;
+        self.reset(self.has_before())?;
         let before = self.before()?;
         let ran = self.place.run(&self.request, faults, point, Some(action));
         let (status, verdict) = match ran {

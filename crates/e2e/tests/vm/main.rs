@@ -75,6 +75,8 @@ const LONG: &[&str] = &[
     "fault_storage::a_file_system_that_others_fill_ends_the_job",
     "fault_lvm::a_lock_of_lvm_that_is_held_is_waited_for",
     "fault_lvm::a_thin_pool_without_metadata_left_ends_the_job_and_not_the_daemon",
+    "fault_lvm::a_command_that_fails_on_a_lock_is_tried_again",
+    "fault_lvm::a_thin_pool_that_waits_for_space_ends_the_job_and_not_the_daemon",
     "fault_lvm::an_lvcreate_that_hangs_is_ended_and_its_volume_removed",
     "fault_lvm::devices_that_appear_late_are_no_failure_and_without_udev_nothing_is_left",
     "fault_host::a_libvirt_that_hangs_ends_the_job_and_not_the_daemon",

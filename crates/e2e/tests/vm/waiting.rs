@@ -38,10 +38,33 @@ pub fn waiting_in<'world>(
     world.vm.run_ok(&format!("rm -f {WAIT}"))?;
     let daemon = world.serve_faulty(name, environment, &format!("{point}=1*return(wait:{WAIT})"))?;
     let id = daemon.provision(request)?;
+    comes_to(world, &daemon, &id, point)?;
+    Ok((daemon, id))
+}
+
+fn comes_to(world: &World, daemon: &Product<'_>, id: &str, point: &str) -> Result<()> {
     let waits =
         until(JOB, || world.vm.run(&format!("test -e {WAIT}")).is_ok_and(|found| found.code == 0).then_some(()));
-    ensure!(waits.is_some(), "the job did not come to {point}: {:#}", daemon.job(&id)?);
-    Ok((daemon, id))
+    ensure!(waits.is_some(), "the job did not come to {point}: {:#}", daemon.job(id)?);
+    Ok(())
+}
+
+/// A daemon whose job waits at `first`, and then, let go on by [`go_to_the_next`], at `second`.
+pub fn waiting_twice<'world>(
+    world: &'world World,
+    name: &str,
+    first: &str,
+    second: &str,
+) -> Result<(Product<'world>, String)> {
+    let request = world.publish(&world.small)?.onto("web", "80M");
+    let points = format!("{first}=1*return(wait:{WAIT});{second}");
+    waiting_in(world, name, &world.environment(name), &points, &request)
+}
+
+/// Lets the job go on until it waits at this point.
+pub fn go_to_the_next(world: &World, daemon: &Product<'_>, id: &str, point: &str) -> Result<()> {
+    world.vm.run_ok(&format!("rm {WAIT}"))?;
+    comes_to(world, daemon, id, point)
 }
 
 /// Lets the job go on; gives it as it ended.
