@@ -81,6 +81,11 @@ fn may_change(
     if key == "database" {
         return if is.is_some_and(|is| is == "ok, unfinished 0") { Ok(()) } else { Err(left) };
     }
+    // A sidecar says when its image was used last.
+    let sidecar = key.strip_prefix("file cache/.lvp/").and_then(|name| name.strip_suffix(".json"));
+    if was.is_some() && is.is_some() && sidecar.is_some_and(|name| after.contains_key(&format!("file cache/{name}"))) {
+        return Ok(());
+    }
     let (None, Some(is)) = (was, is) else { return Err(left) };
     let images = || after.keys().filter_map(|key| key.strip_prefix("file cache/")).filter(|name| !name.contains('/'));
     let is_fine = if let Some(name) = key.strip_prefix("file cache/.lvp/") {
@@ -241,6 +246,9 @@ mod tests {
         assert!(!is_fine(&[sidecar]));
         assert!(!is_fine(&[("file cache/i.qcow2", "content=half"), sidecar]));
         assert!(!is_fine(&[("file cache/.lvp/x.partial", "")]));
+        let cached = |used: &str| [(image.0, image.1.to_owned()), (sidecar.0, used.to_owned())];
+        assert_eq!(verdict(&cached("before"), &cached("now"), &failed), Verdict::AsBefore);
+        assert!(matches!(verdict(&cached("before"), &cached("now")[1..], &failed), Verdict::Third(_)));
         assert!(!is_fine(&[("volume other", "tags=lvp")]));
         let base = format!("attributes=Vri tags=lvp,lvp.base=sha256:{DIGEST}");
         assert!(is_fine(&[("volume lvp-base-0011223344556677-abcdef", &base)]));

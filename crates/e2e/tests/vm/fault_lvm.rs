@@ -44,9 +44,10 @@ fn a_group_that_others_fill_ends_the_job(world: &World) -> Result<()> {
 }
 
 /// A job that writes to a thin pool which others fill meanwhile; gives it as it ended, and the times when it was asked how it goes.
-fn filled_under_a_job(world: &World, name: &str, options: &str) -> Result<(Value, Vec<Duration>)> {
+fn filled_under_a_job(world: &World, name: &str, when_full: &str) -> Result<(Value, Vec<Duration>)> {
     world.vm.run_ok(&format!(
-        "lvcreate --quiet --yes --type thin-pool --size 100M --chunksize 64k --zero y {options} --name small vg0
+        "lvcreate --quiet --yes --type thin-pool --size 100M --chunksize 64k --zero y --name small vg0
+         {when_full}
          lvcreate --quiet --yes --virtualsize 200M --thinpool small --name other vg0"
     ))?;
     let mut environment = world.environment(name);
@@ -75,11 +76,11 @@ fn filled_under_a_job(world: &World, name: &str, options: &str) -> Result<(Value
 }
 
 fn a_thin_pool_that_others_fill_ends_the_job(world: &World) -> Result<()> {
-    filled_under_a_job(world, "thin-full", "--errorwhenfull y").map(drop)
+    filled_under_a_job(world, "thin-full", "lvchange --quiet --errorwhenfull y vg0/small").map(drop)
 }
 
 fn a_thin_pool_that_waits_for_space_ends_the_job(world: &World) -> Result<()> {
-    let (job, answers) = filled_under_a_job(world, "thin-waits", "--errorwhenfull n")?;
+    let (job, answers) = filled_under_a_job(world, "thin-waits", "")?;
     // The daemon answered all the time, in which the kernel let the job's writes wait.
     let (longest, all) = (answers.iter().max().copied().unwrap_or_default(), answers.iter().sum::<Duration>());
     eprintln!(

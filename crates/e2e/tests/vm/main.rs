@@ -85,7 +85,6 @@ const LONG: &[&str] = &[
     "fault_host::a_job_is_resumed_after_memory_ran_out",
     "fault_host::what_was_reported_complete_survives_a_power_cut",
     "fault_pressure::a_copy_goes_slower_while_guests_wait_for_their_disks",
-    "fault_soak::a_thousand_broken_provisions_leave_nothing",
 ];
 
 /// What one job, or one command that waits for a job, may take in the emulated machine.

@@ -174,9 +174,7 @@ impl Directory {
             let reached = fault::point("cache.remembered").map_err(io::Error::other);
             match reached.and_then(|()| rename_new(partial, &image)) {
                 Ok(()) => {
-                    fault::point("cache.published")?;
-                    self.sync()?;
-                    return Ok(name.clone());
+                    return self.settle(name).map(|()| name.clone());
                 }
                 Err(error) => {
                     self.forget(name)?;
@@ -195,6 +193,16 @@ impl Directory {
             ),
         )
         .hint("move these files to another directory"))
+    }
+
+    /// Brings a published image to the disk. What is not reported as published is not there: nobody would know of it until
+    /// the next start, and fetch it once more.
+    fn settle(&self, name: &str) -> Result<()> {
+        fault::point("cache.published").and_then(|()| self.sync()).inspect_err(|_| {
+            if let Err(error) = self.remove(name) {
+                tracing::warn!(image = name, error = error.chain(), "an image is left until the next start");
+            }
+        })
     }
 
     fn sync(&self) -> Result<()> {

@@ -145,13 +145,17 @@ impl Sidecar {
         }
     }
 
-    /// Writes the sidecar beside its final place and renames it there. Blocks.
+    /// Writes the sidecar beside its final place and renames it there; leaves nothing where that fails. Blocks.
     pub fn write(&self, path: &Path) -> io::Result<()> {
         let temporary = path.with_extension("json.new");
-        let mut file = File::create(&temporary)?;
-        file.write_all(&self.to_json()?)?;
-        file.sync_all()?;
-        std::fs::rename(&temporary, path)
+        let text = self.to_json()?;
+        let written = File::create(&temporary)
+            .and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_all()))
+            .and_then(|()| std::fs::rename(&temporary, path));
+        if written.is_err() {
+            let _ = std::fs::remove_file(&temporary);
+        }
+        written
     }
 
     /// The text of the sidecar.
@@ -198,5 +202,15 @@ mod tests {
         }
         assert_eq!(sidecar.sources.len(), SOURCES_KEPT);
         assert_eq!(sidecar.sources.last().unwrap().url, "https://host/39");
+    }
+
+    #[test]
+    fn what_cannot_be_written_leaves_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("image.json");
+        std::fs::create_dir(&path).unwrap();
+        let digests = super::super::hasher::Hasher::new(None).finish();
+        Sidecar::new(&digests, ImageFormat::Raw, 0, None, false).write(&path).unwrap_err();
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 }
