@@ -120,8 +120,8 @@ pub fn moved_away(name: &VolumeName, label: &str) -> Error {
     Error::new(
         ErrorCode::VolumeNotFound,
         format!(
-            "volume {name} was moved out of {label} while the job ran, so it was kept, with lvp's marks; what it holds is not \
-             complete"
+            "volume {name} was moved or renamed while the job ran and is no volume of {label} any more, so it was kept, \
+             with lvp's marks; what it holds is not complete"
         ),
     )
 }

@@ -98,7 +98,12 @@ impl<'a> FileBases<'a> {
         if !fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_file()) {
             return Ok(false);
         }
-        Ok(match read_record(&path)? {
+        let record = match read_record(&path) {
+            // It was sealed or removed meanwhile.
+            Err(_) if path.symlink_metadata().is_err() => None,
+            record => record?,
+        };
+        Ok(match record {
             Some(Unsealed::Marked(BaseRecord { .. })) => true,
             Some(Unsealed::Written(record)) => record.job == Some(job) && record.incomplete,
             None => false,
@@ -236,7 +241,10 @@ impl BaseStore for FileBases<'_> {
         if !self.is_unsealed(job)? {
             return Ok(());
         }
-        let file = open_to_read(&path).map_err(|error| Error::io("opening", &path, error))?;
+        let file = match open_to_read(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            opened => opened.map_err(|error| Error::io("opening", &path, error))?,
+        };
         lock(&file, &path, FlockOperation::NonBlockingLockExclusive)?;
         // Who held it may have sealed it.
         if is_at(&file, &path) { remove_file(&path) } else { Ok(()) }
