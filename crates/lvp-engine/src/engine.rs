@@ -363,9 +363,14 @@ impl Engine {
         }
     }
 
-    /// Takes a volume over, which counts as made by lvp from then on. Once more is no error.
+    /// Takes a volume over, which counts as made by lvp from then on. Once more is no error. One that a job left incomplete is
+    /// the job's no more, and no leftover: who takes it over says that it is to stay.
     pub async fn adopt_volume(&self, name: &str, target: Option<&str>, caller: Caller) -> Result<Volume> {
-        self.tag_volume(name, target, caller, |tags| Tags { made_by_lvp: true, ..tags }).await
+        let adopted = |tags: Tags| {
+            let job = tags.job.filter(|_| !tags.incomplete);
+            Tags { made_by_lvp: true, job, incomplete: false, image: tags.image }
+        };
+        self.tag_volume(name, target, caller, adopted).await
     }
 
     /// Gives a volume up: takes off it what lvp wrote, so that lvp will not remove it.

@@ -13,6 +13,7 @@ mod conformance;
 mod fault_host;
 mod fault_lvm;
 mod fault_matrix;
+mod fault_people;
 mod fault_pressure;
 mod fault_soak;
 mod fault_storage;
@@ -59,6 +60,7 @@ const SUBJECTS: &[(&str, &[Scenario])] = &[
     ("fault_matrix", fault_matrix::SCENARIOS),
     ("fault_storage", fault_storage::SCENARIOS),
     ("fault_lvm", fault_lvm::SCENARIOS),
+    ("fault_people", fault_people::SCENARIOS),
     ("fault_host", fault_host::SCENARIOS),
     ("fault_pressure", fault_pressure::SCENARIOS),
     ("fault_soak", fault_soak::SCENARIOS),

@@ -5,14 +5,14 @@
 use std::{path::Path, sync::Arc};
 
 use jiff::Timestamp;
-use lvp_api::{Digest, ErrorCode, JobId, Receipt, Stage, ZeroPolicy};
+use lvp_api::{Digest, ErrorCode, JobId, Receipt, Stage, VolumeName, ZeroPolicy};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
     admission::{self, Admission},
     in_use::{find_settled, refuse_in_use, refuse_overwriting},
-    known::{Known, gone, lost_tags},
+    known::{Known, gone, lost_tags, moved_away},
     new_volume::Destination,
     order::{Order, VolumeOrder},
     plan::{self, Examined},
@@ -235,7 +235,13 @@ impl Context {
             }
         });
         match claim.await? {
-            Claimed::For(claim, admitted) => (self.record.claim, self.admission) = (Some(claim), admitted),
+            Claimed::For(claim, admitted) => {
+                if self.record.finished {
+                    // What an attempt before wrote to the end is gone: this one begins as the first did.
+                    self.record = Record { cache_hit: self.record.cache_hit, ..Record::default() };
+                }
+                (self.record.claim, self.admission) = (Some(claim), admitted);
+            }
             Claimed::Done(volume) => {
                 self.record.finished = true;
                 self.record.receipt = self.record.receipt.take().or_else(|| self.receipt(&volume));
@@ -327,7 +333,7 @@ impl Context {
 
     /// Removes the volume, if this very job made it, and what it has of a base.
     pub(super) async fn undo_volume(&mut self) -> Result<()> {
-        self.held = None;
+        let is_somewhere = self.held.take().is_some_and(|held| !held.is_removed());
         if self.record.claim != Some(Claim::Make) {
             return Ok(());
         }
@@ -336,21 +342,29 @@ impl Context {
         self.base_lock = None;
         let (job, libvirt) = (self.id, self.services.libvirt.clone());
         let (known, was_made) = (self.known.clone(), self.record.device_path.is_some());
-        blocking(move || match find_settled(&*backend, &wanted.name)? {
-            // Somebody put it in place of this job's, whatever tags it has.
-            Some(volume) if known.is_some_and(|known| known.is_replaced_by(&volume)) => Ok(()),
-            Some(volume) if volume.tags.job == Some(job) => {
-                refuse_in_use(&volume, libvirt.as_ref())?;
-                backend.remove(&wanted.name)
+        let remove = move || {
+            let there = find_settled(&*backend, &wanted.name)?;
+            let volume = match (there, known) {
+                // Somebody took it away, and maybe put another one in its place, whatever tags that has.
+                (there, Some(known)) if there.as_ref().is_none_or(|volume| known.is_replaced_by(volume)) => {
+                    match known.find_renamed(&*backend)? {
+                        None if is_somewhere => return Err(moved_away(&wanted.name, &backend.label())),
+                        renamed => renamed,
+                    }
+                }
+                (there, _) => there,
+            };
+            match volume {
+                Some(volume) if volume.tags.job == Some(job) => {
+                    refuse_in_use(&volume, libvirt.as_ref())?;
+                    backend.remove(&volume.name)
+                }
+                Some(volume) if was_made => Err(lost_tags(&volume)),
+                // Somebody was quicker, or nothing was made.
+                _ => Ok(()),
             }
-            Some(volume) if was_made => Err(lost_tags(&volume)),
-            // Somebody was quicker.
-            Some(_) => Ok(()),
-            // What was left of making it.
-            None => backend.remove(&wanted.name),
-        })
-        .await
-        .and(discarded)
+        };
+        blocking(remove).await.and(discarded)
     }
 
     /// Writes the image and zeroes everything else.
@@ -386,12 +400,25 @@ impl Context {
             return Ok(());
         };
         let how = match (self.record.overwriting, self.record.finished) {
+            // Somebody removed it.
+            (true, _) if self.held.as_ref().is_some_and(|held| held.is_removed()) => return Ok(()),
             (true, _) => "is partly overwritten; it was kept. Provision it again before it is used",
             // What failed came behind the last byte and the tag.
             (false, true) => "holds the new image, all of it; it was kept",
             (false, false) => return Ok(()),
         };
-        Err(Error::new(ErrorCode::Interrupted, format!("volume {} was there before and {how}", volume.name)))
+        let called = match self.renamed().await {
+            Some(now) => format!("{now}, which was called {} when the job began,", volume.name),
+            None => volume.name.to_string(),
+        };
+        Err(Error::new(ErrorCode::Interrupted, format!("volume {called} was there before and {how}")))
+    }
+
+    /// What the volume is called now, where somebody renamed it and that can be seen.
+    async fn renamed(&self) -> Option<VolumeName> {
+        let (known, (backend, _)) = (self.known.clone()?, self.backend().ok()?);
+        let renamed = blocking(move || known.find_renamed(&*backend)).await.ok()?;
+        renamed.map(|volume| volume.name)
     }
 
     /// What was done, for the volume as it is now.

@@ -2,19 +2,18 @@
 //!
 //! ```text
 //!  a file    the file itself: who removes, renames or replaces it while it is written is found out
-//!  a device  the tags of the job that made it: while it is written, LVM lets nobody remove it
+//!  a device  the device itself: while it is held LVM lets nobody remove it, but rename it and make another of its name
 //! ```
-//! A file that lost its tags is still the one that was begun, but it is not lvp's any more: it is written to the end, and
+//! A volume that lost its tags is still the one that was begun, but it is not lvp's any more: it is written to the end, and
 //! not removed. It leaves out who else uses a volume: see `in_use`.
 
 use std::path::PathBuf;
 
-use lvp_api::{ErrorCode, JobId, VolumeName};
+use lvp_api::{ErrorCode, VolumeName};
 
-use super::order::VolumeOrder;
 use crate::{
     error::{Error, Result},
-    host::block::FileIdentity,
+    host::block::{Identity, OpenTarget},
     volume::{Volume, VolumeBackend},
 };
 
@@ -23,46 +22,63 @@ use crate::{
 pub struct Known {
     name: VolumeName,
     path: PathBuf,
-    file: Option<FileIdentity>,
-    /// The job that made it, if that is the one that writes it.
-    made_by: Option<JobId>,
+    identity: Identity,
 }
 
 impl Known {
-    /// The volume as it is now. Blocks.
-    pub fn new(volume: &Volume, made_by: Option<JobId>) -> Result<Self> {
-        let file = FileIdentity::of(&volume.path)?;
-        Ok(Self { name: volume.name.clone(), path: volume.path.clone(), file, made_by })
+    /// The volume as it is now; its device is there. Blocks.
+    ///
+    /// # Errors
+    /// `volume_not_found` when it is gone already.
+    pub fn new(volume: &Volume) -> Result<Self> {
+        let identity = Identity::of(&volume.path)?.ok_or_else(|| gone(&volume.name))?;
+        Ok(Self { name: volume.name.clone(), path: volume.path.clone(), identity })
     }
 
-    /// Refuses to go on where the file is gone or another one. Blocks.
+    /// Refuses to write what is held where that is another one: its name led elsewhere when it was opened.
+    ///
+    /// # Errors
+    /// `file_in_the_way`.
+    pub fn check_held(&self, held: &OpenTarget) -> Result<()> {
+        if held.identity()?.as_ref() == Some(&self.identity) { Ok(()) } else { Err(self.replaced()) }
+    }
+
+    /// Refuses to go on where the volume is gone or another one. Blocks.
     ///
     /// # Errors
     /// `volume_not_found`, `file_in_the_way`.
     pub fn check(&self) -> Result<()> {
-        let Some(file) = self.file else { return Ok(()) };
-        match FileIdentity::of(&self.path)? {
-            Some(now) if now == file => Ok(()),
+        match Identity::of(&self.path)? {
+            Some(now) if now == self.identity => Ok(()),
             None if self.path.symlink_metadata().is_err() => Err(gone(&self.name)),
             _ => Err(self.replaced()),
         }
     }
 
-    /// The volume of the order, if it is still this one. Blocks.
+    /// The volume of the job's name, if it is still this one. Blocks.
     ///
     /// # Errors
     /// As [`Known::check`].
-    pub fn find(&self, backend: &dyn VolumeBackend, wanted: &VolumeOrder) -> Result<Volume> {
+    pub fn find(&self, backend: &dyn VolumeBackend) -> Result<Volume> {
         // Not as it is settled: it is open, since the job holds it.
-        let volume = backend.find(&wanted.name)?.ok_or_else(|| gone(&wanted.name))?;
-        self.check()?;
-        let lost = self.file.is_none() && self.made_by.is_some() && volume.tags.job != self.made_by;
-        if lost { Err(self.replaced()) } else { Ok(volume) }
+        let volume = backend.find(&self.name)?.ok_or_else(|| gone(&self.name))?;
+        self.check().map(|()| volume)
     }
 
-    /// Whether this is certainly another volume than the one that was begun.
+    /// This volume under the name that somebody gave it meanwhile, if it is still in its place. Blocks.
+    pub fn find_renamed(&self, backend: &dyn VolumeBackend) -> Result<Option<Volume>> {
+        let is_this =
+            |volume: &Volume| Identity::of(&volume.path).is_ok_and(|now| now.as_ref() == Some(&self.identity));
+        Ok(backend.list()?.into_iter().find(|volume| volume.name != self.name && is_this(volume)))
+    }
+
+    /// Whether this is certainly another volume than the one that was begun. One whose device is not there may be either.
     pub fn is_replaced_by(&self, volume: &Volume) -> bool {
-        self.file.is_some() && FileIdentity::of(&volume.path).is_ok_and(|now| now != self.file)
+        match Identity::of(&volume.path) {
+            Ok(Some(now)) => now != self.identity,
+            Ok(None) => volume.path.exists(),
+            Err(_) => false,
+        }
     }
 
     fn replaced(&self) -> Error {
@@ -97,4 +113,96 @@ pub fn lost_tags(volume: &Volume) -> Error {
             volume.name
         ),
     )
+}
+
+/// What is left of a volume that a job made and that somebody took away.
+pub fn moved_away(name: &VolumeName, label: &str) -> Error {
+    Error::new(
+        ErrorCode::VolumeNotFound,
+        format!(
+            "volume {name} was moved or renamed while the job ran and is no volume of {label} any more, so it was kept, \
+             with lvp's marks; what it holds is not complete"
+        ),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs,
+        os::unix::fs::symlink,
+        path::{Path, PathBuf},
+    };
+
+    use e2e::images::LoopDevice;
+    use lvp_api::DiskFormat;
+
+    use super::*;
+    use crate::{host::block::BlockTarget, volume::Directory};
+
+    /// A device, attached to a file of its own.
+    fn device(directory: &Path, name: &str) -> LoopDevice {
+        let file = directory.join(name);
+        fs::write(&file, vec![0; 1 << 20]).unwrap();
+        LoopDevice::attach(&file, 512).unwrap()
+    }
+
+    /// Gives a device this name, whoever had it, as LVM does in `/dev/GROUP`.
+    fn name(device: &LoopDevice, name: &Path) {
+        let _ = fs::remove_file(name);
+        symlink(&device.path, name).unwrap();
+    }
+
+    /// A directory, and the name of the volume `web` in it.
+    fn place() -> (tempfile::TempDir, Directory, PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let backend = Directory::new(directory.path().to_owned(), DiskFormat::Raw);
+        let web = directory.path().join("web.raw");
+        (directory, backend, web)
+    }
+
+    fn found(backend: &Directory, name: &str) -> Volume {
+        backend.find(&name.parse().unwrap()).unwrap().unwrap()
+    }
+
+    #[test]
+    fn a_device_that_was_renamed_is_found_out_whatever_has_its_name() {
+        let (directory, backend, web) = place();
+        let (one, two) = (device(directory.path(), "one"), device(directory.path(), "two"));
+        name(&one, &web);
+        let known = Known::new(&found(&backend, "web")).unwrap();
+        known.check().unwrap();
+        known.find(&backend).unwrap();
+        assert_eq!(known.find_renamed(&backend).unwrap(), None);
+        // lvrename vg0 web old
+        fs::remove_file(&web).unwrap();
+        name(&one, &directory.path().join("old.raw"));
+        for error in [known.check().unwrap_err(), known.find(&backend).unwrap_err()] {
+            assert_eq!((error.code(), error.retryable()), (ErrorCode::VolumeNotFound, true), "{error:?}");
+        }
+        // lvcreate -n web
+        name(&two, &web);
+        for error in [known.check().unwrap_err(), known.find(&backend).unwrap_err()] {
+            assert_eq!((error.code(), error.retryable()), (ErrorCode::FileInTheWay, false), "{error:?}");
+        }
+        assert!(known.is_replaced_by(&found(&backend, "web")) && !known.is_replaced_by(&found(&backend, "old")));
+        let renamed = known.find_renamed(&backend).unwrap().expect("it is there under its other name");
+        assert_eq!(renamed.name.as_str(), "old");
+    }
+
+    #[test]
+    fn what_is_held_is_what_was_looked_at() {
+        let (directory, backend, web) = place();
+        let devices = ["one", "two"].map(|name| device(directory.path(), name));
+        name(&devices[0], &web);
+        let volume = found(&backend, "web");
+        let known = Known::new(&volume).unwrap();
+        let open = || OpenTarget::open(&BlockTarget { path: web.clone(), offset: 0, size: 1 << 20, reads_zero: false });
+        known.check_held(&open().unwrap()).unwrap();
+        // Between the look and the opening.
+        name(&devices[1], &web);
+        assert_eq!(known.check_held(&open().unwrap()).unwrap_err().code(), ErrorCode::FileInTheWay);
+        fs::remove_file(&web).unwrap();
+        assert_eq!(Known::new(&volume).unwrap_err().code(), ErrorCode::VolumeNotFound);
+    }
 }

@@ -44,7 +44,7 @@ pub(super) enum Destination {
 impl Context {
     /// Makes the volume, or the base that it will be a copy of.
     pub(super) async fn make_volume(&mut self) -> Result<()> {
-        self.held = None;
+        (self.held, self.known) = (None, None);
         self.remove_earlier_attempt().await?;
         self.admission = None;
         let destination = match self.clone_if_there().await? {
@@ -104,7 +104,6 @@ impl Context {
         if let Some(size) = self.examined.as_ref().and_then(|examined| examined.header.virtual_size)
             && let Some(target) = sharing::begin_base(&backend, size, self.id).await?
         {
-            self.known = None;
             let base = target.clone();
             self.held = Some(Arc::new(blocking(move || OpenTarget::open(&base)).await?));
             return Ok(Destination::Base(target));
@@ -114,12 +113,14 @@ impl Context {
             let volume = backend.create(&NewVolume { name: &wanted.name, size: wanted.size, job })?;
             fault::point("volume.created")?;
             let target = backend.target(&volume, true)?;
+            let known = Known::new(&volume)?;
             let target = match wanted.format {
                 DiskFormat::Raw => target,
                 DiskFormat::Qcow2 => format::begin_qcow2(&target)?,
             };
             let held = OpenTarget::open(&target)?;
-            Ok((target, held, Known::new(&volume, Some(job))?))
+            known.check_held(&held)?;
+            Ok((target, held, known))
         });
         let (target, held, known) = made.await?;
         self.known = Some(known);
@@ -130,8 +131,8 @@ impl Context {
 
     /// Notes what the volume that this job just made is known by.
     async fn know(&mut self, volume: &Volume) -> Result<()> {
-        let (volume, job) = (volume.clone(), self.id);
-        self.known = Some(blocking(move || Known::new(&volume, Some(job))).await?);
+        let volume = volume.clone();
+        self.known = Some(blocking(move || Known::new(&volume)).await?);
         Ok(())
     }
 
@@ -199,7 +200,7 @@ impl Context {
                     format::end_qcow2(held.target())?;
                 }
             }
-            let volume = known.find(&*backend, &wanted)?;
+            let volume = known.find(&*backend)?;
             if let Some(held) = &held {
                 refuse_late_users(&volume, held, libvirt.as_ref())?;
             }

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use lvp_api::{Digest, ErrorCode, Stage};
+use lvp_api::{Digest, Stage};
 
 use super::{
     context::{Context, damaged_twice, find_existing},
@@ -15,7 +15,7 @@ use super::{
     transfer::may_be_damage,
 };
 use crate::{
-    error::{Error, Result},
+    error::Result,
     fault,
     format::{self, Populated},
     host::block::OpenTarget,
@@ -36,10 +36,11 @@ impl Context {
             plan::compatible(&volume, &wanted, Some(image.least_size()))?;
             refuse_overwriting(&volume, begun, libvirt.as_ref())?;
             let target = backend.target(&volume, false)?;
+            let known = Known::new(&volume)?;
             let held = OpenTarget::open(&target)?;
+            known.check_held(&held)?;
             // One that was not active can be looked into only now.
             refuse_physical_volume(&volume, begun)?;
-            let known = Known::new(&volume, None)?;
             // What only the copy would show must show before the first byte is overwritten.
             format::measure(&image, volume.size, &progress)?;
             refuse_beside(&volume, &held, libvirt.as_ref())?;
@@ -91,23 +92,18 @@ impl Context {
             self.tag_again(tagged).await;
             return Err(error);
         }
-        let populated = blocking(move || {
+        blocking(move || {
             let populated = format::populate(&image, &held, &options, &progress);
             known.check().and(populated)
         })
-        .await;
-        // It is not there to be used.
-        if let Err(ErrorCode::VolumeNotFound | ErrorCode::FileInTheWay) = populated.as_ref().map_err(Error::code) {
-            self.record.overwriting = false;
-        }
-        populated
+        .await
     }
 
     /// From here on the volume holds no image, until the last byte is on the device. Gives the one that it held.
     async fn untag(&self) -> Result<Option<Digest>> {
-        let ((backend, wanted), known) = (self.backend()?, self.known()?);
+        let ((backend, _), known) = (self.backend()?, self.known()?);
         blocking(move || {
-            let volume = known.find(&*backend, &wanted)?;
+            let volume = known.find(&*backend)?;
             backend.set_tags(&volume, &Tags { image: None, ..volume.tags.clone() })?;
             Ok(volume.tags.image)
         })
@@ -116,10 +112,10 @@ impl Context {
 
     /// Says again what the volume holds, which was not written after all.
     async fn tag_again(&self, held: Option<Digest>) {
-        let (Ok((backend, wanted)), Ok(known)) = (self.backend(), self.known()) else { return };
+        let (Ok((backend, _)), Ok(known)) = (self.backend(), self.known()) else { return };
         let tagged = blocking(move || match held {
             Some(held) => {
-                let volume = known.find(&*backend, &wanted)?;
+                let volume = known.find(&*backend)?;
                 backend.set_tags(&volume, &Tags { image: Some(held), ..volume.tags.clone() })
             }
             None => Ok(()),

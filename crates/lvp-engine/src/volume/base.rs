@@ -82,7 +82,10 @@ pub trait BaseStore: Send + Sync {
     /// `internal` when the job has none, `file_in_the_way` when something that is no base has the name of the base.
     fn seal(&self, job: JobId, digest: &Digest, content: &ContentDigest) -> Result<Base>;
 
-    /// Removes this job's unsealed base; none there is no error.
+    /// Removes this job's unsealed base; none there is no error, nor what only has its name.
+    ///
+    /// # Errors
+    /// `image_in_use` when somebody holds it, as who writes it does.
     fn discard(&self, job: JobId) -> Result<()>;
 
     /// The jobs that have an unsealed base here.

@@ -75,7 +75,8 @@ async fn verify(
 }
 
 #[utoipa::path(post, path = "/api/v1/volumes/{name}/adopt", tag = "volumes", summary = "Take over a volume",
-    description = "From then on it counts as made by lvp, so that `delete` removes it. Only for who administers this machine.",
+    description = "From then on it counts as made by lvp, so that `delete` removes it. One that a job left incomplete is not incomplete \
+                   any more, so that it stays. Only for who administers this machine.",
     params(("name" = String, Path), TargetQuery),
     responses((status = 200, body = Volume), (status = 403, body = ErrorBody), (status = 404, body = ErrorBody), (status = 409, description = "A job works on it", body = ErrorBody)))]
 async fn adopt(

@@ -229,6 +229,26 @@ async fn a_finished_volume_is_never_made_again() {
     }
 }
 
+/// The same, and its user removed it before the daemon came back: the job does what it was asked for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_finished_volume_that_is_gone_is_made_again() {
+    let mut bed = Bed::new().await;
+    let image = bed.publish("good.qcow2", 1);
+    let first = bed.provision(&bed.order("good.qcow2", "web-1")).await;
+    fs::remove_file(bed.volume("web-1")).unwrap();
+    bed.restart_after(|state| {
+        let database = rusqlite::Connection::open(state.join("jobs.db")).unwrap();
+        database.execute("UPDATE jobs SET status = 'running', finished_at = NULL", []).unwrap();
+    })
+    .await;
+    let job = bed.ended(first["job_id"].as_str().unwrap()).await;
+    assert_eq!(job["status"], "completed", "{job:#}");
+    bed.assert_holds(&bed.volume("web-1"), &image, "qcow2", DISK);
+    let shown = bed.tcp().get("/api/v1/volumes/web-1").await.expect(200);
+    assert!(shown["made_by_lvp"] == true && shown["incomplete"] != true, "{shown:#}");
+    assert!(shown["receipt"] == job["receipt"] && job["receipt"] != first["receipt"], "{shown:#}");
+}
+
 /// One file under two targets' names, one of them not there when its job was submitted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_file_is_written_by_one_job_at_a_time_whatever_it_is_called() {

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use crate::bed::{Bed, DISK, MIB};
 
 /// A server whose default target is linked; `/tmp` need not share blocks.
-async fn linked() -> Bed {
+pub async fn linked() -> Bed {
     Bed::with(|settings| {
         let TargetSettings { spec: TargetSpec::Directory { path }, .. } = &settings.targets["default"] else {
             panic!()

@@ -217,6 +217,67 @@ async fn a_new_volume_removed_while_it_is_written_fails_its_job_and_leaves_nothi
     audit.complete(&bed.submit(&order(&web.url("/x.raw"), "web-1")).await, &complete("web-1", &image)).await;
 }
 
+/// Once to another volume's name, where it is found and removed; once to none's and once elsewhere, where nobody looks: that is
+/// said.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_volume_renamed_while_it_is_written_fails_its_job_and_is_removed() {
+    let (bed, web, image) = ready().await;
+    for (place, is_found) in [("volumes/aside.raw", true), ("volumes/aside", false), ("elsewhere.raw", false)] {
+        println!("{place}");
+        let gate = serve_held(&web, &image);
+        let audit = Audit::begin(&bed).may_cache(&image);
+        let id = bed.submit(&order(&web.url("/x.raw"), "web-1")).await;
+        gate.reached().await;
+        bed.job_when(&id, |_| bed.volume("web-1").exists()).await;
+        fs::rename(bed.volume("web-1"), bed.path(place)).unwrap();
+        gate.open();
+        if is_found {
+            audit.failed(&id, &removed()).await;
+            assert!(!bed.path(place).exists());
+        } else {
+            let mut job = bed.ended(&id).await;
+            let left = job["details"].as_object_mut().unwrap().remove("not_undone").unwrap().to_string();
+            assert!(
+                left.contains("volume web-1 was moved or renamed while the job ran and is no volume of dir:"),
+                "{left}"
+            );
+            let tags: Value = serde_json::from_str(&attributes(&bed.path(place))[TAGS]).unwrap();
+            assert_eq!((&tags["job"], &tags["incomplete"]), (&json!(id), &json!(true)));
+            fs::remove_file(bed.path(place)).unwrap();
+            audit.unchanged(&job);
+        }
+        forget_images(&bed).await;
+    }
+}
+
+/// What was there before is nobody's to remove, whatever it is called by now.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_that_was_there_and_is_renamed_while_it_is_written_is_kept_and_named() {
+    let (bed, web, _) = ready().await;
+    for is_replaced in [false, true] {
+        println!("replaced: {is_replaced}");
+        somebodys_volume(&bed, "web-1");
+        let id = bed.submit(&slow_order(&web.url("/x.raw"), "web-1")).await;
+        writing(&bed, &id).await;
+        fs::rename(bed.volume("web-1"), bed.volume("old")).unwrap();
+        if is_replaced {
+            somebodys_volume(&bed, "web-1");
+        }
+        let audit = Audit::begin(&bed).but_for("volumes/old.raw");
+        assert_runs(&bed, &id).await;
+        let mut job = bed.ended(&id).await;
+        let expected = if is_replaced { replaced() } else { removed() };
+        assert_eq!((&job["error_code"], &job["retryable"]), (&json!(expected.code), &json!(expected.retryable)));
+        let left = job["details"].as_object_mut().unwrap().remove("not_undone").unwrap().to_string();
+        let said = "volume old, which was called web-1 when the job began, was there before and is partly overwritten";
+        assert!(left.contains(said), "{left}");
+        audit.unchanged(&job);
+        let marks = attributes(&bed.volume("old"));
+        assert!(!marks.contains_key(TAGS), "it says that it holds an image: {marks:?}");
+        fs::remove_file(bed.volume("old")).unwrap();
+    }
+}
+
 /// Once by a file that was there before the volume was, under another name, once by one of the same size that is new, once
 /// by a copy with the tags of the job on it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -13,7 +13,7 @@ mod users;
 use std::path::PathBuf;
 
 pub use buffer::AlignedBuffer;
-pub use identity::FileIdentity;
+pub use identity::Identity;
 pub use label::physical_volume;
 pub use target::{BLOCK, OpenTarget};
 pub use users::{users_beside, users_of};

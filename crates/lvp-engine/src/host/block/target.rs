@@ -27,7 +27,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{BlockTarget, locks, users_beside, users_of};
+use super::{BlockTarget, Identity, locks, users_beside, users_of};
 use crate::error::{Error, Result, is_full};
 
 /// Writes begin on multiples of this many bytes, and end on one or at the target's end. It is the largest logical
@@ -126,6 +126,19 @@ impl OpenTarget {
     /// `input_output` when it is not there any more.
     pub fn users(&self) -> Result<Vec<String>> {
         users_beside(&self.target.path)
+    }
+
+    /// What is held, which may not be what is at the path by now.
+    ///
+    /// # Errors
+    /// `input_output` when the system does not say.
+    pub fn identity(&self) -> Result<Option<Identity>> {
+        Identity::of_open(&self.plain).map_err(|error| Error::io("looking at", &self.target.path, error))
+    }
+
+    /// Whether it has a name no more and is gone when it is let go: a file only, since nobody removes a device that is held.
+    pub fn is_removed(&self) -> bool {
+        !self.device && self.plain.metadata().is_ok_and(|metadata| metadata.nlink() == 0)
     }
 
     /// The descriptors that it writes by: what a thread that writes it must be left with.

@@ -6,7 +6,8 @@
 //!  marked     .lvp-JOB.base-new    mode 0400, with its digests in the attribute, all of it on the disk
 //!  complete   .lvp-DIGEST16.base   the same, after a rename that replaces nothing
 //! ```
-//! No volume has such a file: those end with `.raw` or `.qcow2`, and unborn ones with `.new` behind a dot.
+//! No volume has such a file: those end with `.raw` or `.qcow2`. A file that has such a name and not what lvp writes on it is
+//! somebody else's. So is an unsealed base that somebody has locked: who writes one holds it.
 //!
 //! Who needs a base is asked of the headers of the files beside it, whoever made those: an overlay that was made to stand
 //! alone needs it no more, and a copy of one does. While an overlay is made, and while a base is removed, the base's file
@@ -30,11 +31,13 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Directory, GRANULARITY, Holds, Record, in_the_way, read_record, rounded, sync_directory, write_record};
+use super::{
+    Directory, GRANULARITY, Holds, Record, in_the_way, nameless, read_record, rounded, sync_directory, write_record,
+};
 use crate::{
     error::{Error, Result},
     fault,
-    host::block::{BlockTarget, users_of},
+    host::block::{BlockTarget, Identity, users_of},
     qcow2_file::backing_of,
     volume::{
         Link, NewVolume, Volume, VolumeBackend,
@@ -62,6 +65,14 @@ struct BaseRecord {
     content: ContentDigest,
 }
 
+/// What stands on an unsealed base.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Unsealed {
+    Marked(BaseRecord),
+    Written(Record),
+}
+
 /// The bases of one directory.
 pub struct FileBases<'a> {
     pub(super) directory: &'a Directory,
@@ -79,6 +90,24 @@ impl<'a> FileBases<'a> {
 
     pub(super) fn unsealed_file(&self, job: JobId) -> PathBuf {
         self.directory.path.join(format!("{PREFIX}{job}{UNSEALED}"))
+    }
+
+    /// Whether the file that has the name of this job's unsealed base is that: it says so itself.
+    fn is_unsealed(&self, job: JobId) -> Result<bool> {
+        let path = self.unsealed_file(job);
+        if !fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_file()) {
+            return Ok(false);
+        }
+        let record = match read_record(&path) {
+            // It was sealed or removed meanwhile.
+            Err(_) if path.symlink_metadata().is_err() => None,
+            record => record?,
+        };
+        Ok(match record {
+            Some(Unsealed::Marked(BaseRecord { .. })) => true,
+            Some(Unsealed::Written(record)) => record.job == Some(job) && record.incomplete,
+            None => false,
+        })
     }
 
     /// The complete base of this file, if it is one.
@@ -127,10 +156,7 @@ impl<'a> FileBases<'a> {
         };
         lock(&file, &path, FlockOperation::NonBlockingLockShared)?;
         // What was removed before the lock was given, or replaced, is not there any more.
-        let inode = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
-        let (held, there) = (file.metadata().map(inode), fs::symlink_metadata(&path).map(inode));
-        let is_there = matches!((held, there), (Ok(held), Ok(there)) if held == there);
-        if is_there && self.find(&base.digest)?.is_some() { Ok(file) } else { Err(gone()) }
+        if is_at(&file, &path) && self.find(&base.digest)?.is_some() { Ok(file) } else { Err(gone()) }
     }
 
     /// The names of the directory's files that begin and end so, without either.
@@ -179,10 +205,10 @@ impl BaseStore for FileBases<'_> {
     }
 
     fn create(&self, size: u64, job: JobId) -> Result<BlockTarget> {
-        self.directory.make_directory()?;
+        self.discard(job)?;
         let (path, size) = (self.unsealed_file(job), rounded(size, GRANULARITY));
-        self.directory.make(&path, size, &Record::of_new(job, None), &Holds::Nothing)?;
-        sync_directory(&self.directory.path)?;
+        let file = self.directory.make(&path, size, &Record::of_new(job, None), &Holds::Nothing)?;
+        self.directory.name(&file, &path)?;
         Ok(BlockTarget { path, offset: 0, size, reads_zero: true })
     }
 
@@ -192,7 +218,7 @@ impl BaseStore for FileBases<'_> {
             return Ok(base);
         }
         let (unsealed, sealed) = (self.unsealed_file(job), self.sealed(digest));
-        if unsealed.symlink_metadata().is_err() {
+        if !self.is_unsealed(job)? {
             return Err(nothing_to_seal(job, &self.directory.label()));
         }
         self.mark(&unsealed, digest, content)?;
@@ -211,11 +237,27 @@ impl BaseStore for FileBases<'_> {
     }
 
     fn discard(&self, job: JobId) -> Result<()> {
-        remove_file(&self.unsealed_file(job))
+        let path = self.unsealed_file(job);
+        if !self.is_unsealed(job)? {
+            return Ok(());
+        }
+        let file = match open_to_read(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            opened => opened.map_err(|error| Error::io("opening", &path, error))?,
+        };
+        lock(&file, &path, FlockOperation::NonBlockingLockExclusive)?;
+        // Who held it may have sealed it.
+        if is_at(&file, &path) { remove_file(&path) } else { Ok(()) }
     }
 
     fn unsealed(&self) -> Result<Vec<JobId>> {
-        Ok(self.names(UNSEALED)?.iter().filter_map(|name| name.parse().ok()).collect())
+        let mut jobs = Vec::new();
+        for job in self.names(UNSEALED)?.iter().filter_map(|name| name.parse().ok()) {
+            if self.is_unsealed(job)? {
+                jobs.push(job);
+            }
+        }
+        Ok(jobs)
     }
 
     fn clone_base(&self, base: &Base, new: &NewVolume<'_>) -> Result<Volume> {
@@ -284,7 +326,7 @@ fn names_below(path: &Path, name: &str, base: &str) -> Result<bool> {
 }
 
 /// Locks the file of a base; whoever holds the other lock makes an overlay on it, or removes it, which takes a moment. So does
-/// a program that is being started: it has the lock until it is another program.
+/// a program that is being started: it has the lock until it is another program. Who writes one holds it longer.
 fn lock(file: &File, path: &Path, operation: FlockOperation) -> Result<()> {
     for _ in 0..LOCK_TRIES {
         match flock(file, operation) {
@@ -292,8 +334,13 @@ fn lock(file: &File, path: &Path, operation: FlockOperation) -> Result<()> {
             locked => return locked.map_err(|error| Error::io("locking", path, error.into())),
         }
     }
-    Err(Error::new(ErrorCode::ImageInUse, format!("base {} is being linked to or removed", path.display()))
+    Err(Error::new(ErrorCode::ImageInUse, format!("base {} is being written, linked to or removed", path.display()))
         .hint("try again in a moment"))
+}
+
+/// Whether this file is the one that is there.
+fn is_at(file: &File, path: &Path) -> bool {
+    matches!((Identity::of_open(file), Identity::of(path)), (Ok(Some(open)), Ok(Some(there))) if open == there)
 }
 
 fn open_to_read(path: &Path) -> std::io::Result<File> {
@@ -331,9 +378,7 @@ fn shares_blocks(directory: &Path) -> Result<bool> {
 }
 
 fn try_to_share(directory: &Path) -> std::io::Result<()> {
-    let flags = OFlags::TMPFILE.bits().cast_signed();
-    let nameless = || OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(flags).open(directory);
-    let (mut one, other) = (nameless()?, nameless()?);
+    let (mut one, other) = (nameless(directory)?, nameless(directory)?);
     one.write_all(&[1; PROBE])?;
     Ok(ioctl_ficlone(&other, &one)?)
 }

@@ -101,11 +101,10 @@ fn a_base_stays_as_long_as_a_file_stands_on_it() {
     let full = at(&base.name);
     images::run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &full, "-F", "raw", &at("own.qcow2")]).unwrap();
     assert_needed(&*store, &base, 4, "copy.img");
-    // An overlay that was not born to the end.
-    fs::rename(&two.path, at(".lvp-web-2.new")).unwrap();
-    assert_eq!(store.needed_by(&base).unwrap(), [".lvp-web-2.new", "copy.img", "link", "own"]);
-    backend.remove(&two.name).unwrap();
-    ["copy.img", "link"].iter().for_each(|name| fs::remove_file(at(name)).unwrap());
+    // One that was hidden by hand.
+    fs::rename(&two.path, at(".hidden")).unwrap();
+    assert_eq!(store.needed_by(&base).unwrap(), [".hidden", "copy.img", "link", "own"]);
+    [".hidden", "copy.img", "link"].iter().for_each(|name| fs::remove_file(at(name)).unwrap());
     assert_needed(&*store, &base, 1, "own");
     // What was made to stand alone needs it no more.
     images::run("qemu-img", &["rebase", "-f", "qcow2", "-b", "", &at("own.qcow2")]).unwrap();
@@ -239,15 +238,13 @@ fn a_crash_at_any_point_leaves_at_most_a_good_base() {
     // After it: a base that the job finds again.
     let base = store.seal(job, &digest, &content(1)).unwrap();
     assert_eq!(store.find(&digest).unwrap().as_ref(), Some(&base));
-    // While the overlay was made: what is left is no volume and no obstacle, and undoing sweeps it.
-    for left in [&b""[..], b"QFI"] {
-        fs::write(backend.unborn(new.name), left).unwrap();
-        assert_eq!((backend.find(new.name).unwrap(), backend.list().unwrap()), (None, Vec::new()));
-        backend.remove(new.name).unwrap();
-        fs::write(backend.unborn(new.name), left).unwrap();
-        let volume = store.clone_base(&base, &new).unwrap();
-        expect(&disk(&volume), SIZE, &[(0, 1)]);
-        backend.remove(new.name).unwrap();
-    }
+    // An overlay has no name until it is whole.
+    let path = backend.file(new.name);
+    let record = Record::of_new(job, Some(SIZE));
+    drop(backend.make(&path, 0, &record, &Holds::OverlayOn(&base.name)).unwrap());
+    assert_eq!((backend.find(new.name).unwrap(), backend.list().unwrap()), (None, Vec::new()));
+    let volume = store.clone_base(&base, &new).unwrap();
+    expect(&disk(&volume), SIZE, &[(0, 1)]);
+    backend.remove(new.name).unwrap();
     assert_eq!(fs::read_dir(&backend.path).unwrap().count(), 1, "the base");
 }

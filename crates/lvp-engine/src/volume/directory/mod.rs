@@ -3,11 +3,11 @@
 //! Tags stand in the extended attribute `user.lvp` of the file, so they go where it goes: a file that somebody puts in
 //! place of ours is not ours, and neither is a copy.
 //!
-//! A new volume appears by a rename that does not replace:
+//! A new volume appears as a whole, by a link that does not replace:
 //! ```text
-//!  .lvp-NAME.new, full size, with its tags ─► rename to NAME.raw
+//!  a file without a name (O_TMPFILE), full size, with its tags ─► linkat(2) to NAME.raw
 //! ```
-//! A crash before the rename leaves no volume; the undo of its job, or the next creation of that name, sweeps the rest.
+//! A crash before that leaves nothing, and nothing is ever removed for its name alone.
 //!
 //! A qcow2 file is made empty, and its size stands in its tags: what is in it is `format`'s part. It is written once. One that
 //! is there, whoever made it, takes no other image: it may hold snapshots, and others may stand on it.
@@ -24,14 +24,17 @@ mod tests;
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::ErrorKind,
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    io::{self, ErrorKind},
+    os::{
+        fd::AsRawFd,
+        unix::fs::{MetadataExt, OpenOptionsExt},
+    },
     path::{Path, PathBuf},
 };
 
 use lvp_api::{Digest, DiskFormat, ErrorCode, JobId, VolumeName};
 use rustix::{
-    fs::{CWD, OFlags, RenameFlags, XattrFlags, fsetxattr, ioctl_ficlone, lgetxattr, renameat_with, statvfs},
+    fs::{AtFlags, CWD, OFlags, XattrFlags, fsetxattr, ioctl_ficlone, lgetxattr, linkat, statvfs},
     io::Errno,
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -116,11 +119,6 @@ impl Directory {
         }
     }
 
-    /// Where a volume is made. No volume is called so: it ends with no format.
-    fn unborn(&self, name: &VolumeName) -> PathBuf {
-        self.path.join(format!(".lvp-{name}.new"))
-    }
-
     fn volume(&self, name: VolumeName) -> Result<Option<Volume>> {
         let path = self.file(&name);
         let metadata = match fs::symlink_metadata(&path) {
@@ -153,56 +151,57 @@ impl Directory {
         if path.symlink_metadata().is_ok() {
             return Err(in_the_way(&path));
         }
-        self.make_directory()?;
-        let unborn = self.unborn(new.name);
         let size = rounded(new.size, self.granularity());
         let (length, noted) = match self.format {
             DiskFormat::Raw => (size, None),
             DiskFormat::Qcow2 => (0, Some(size)),
         };
-        let record = Record::of_new(new.job, noted);
-        let made = self.make(&unborn, length, &record, holds).and_then(|()| fault::point("volume.unborn"));
-        let born = made.and_then(|()| {
-            renameat_with(CWD, &unborn, CWD, &path, RenameFlags::NOREPLACE).map_err(|error| match error {
-                Errno::EXIST => in_the_way(&path),
-                error => Error::io("creating", &path, error.into()),
-            })
-        });
-        if let Err(error) = born {
-            let _ = fs::remove_file(&unborn);
-            return Err(error);
-        }
-        sync_directory(&self.path)?;
+        let file = self.make(&path, length, &Record::of_new(new.job, noted), holds)?;
+        fault::point("volume.unborn")?;
+        self.name(&file, &path)?;
         self.find(new.name)?.ok_or_else(|| Error::internal(format!("{} vanished after its creation", path.display())))
     }
 
-    /// Makes a file of this size, with its tags and what it holds, in place of what is there.
-    fn make(&self, path: &Path, size: u64, record: &Record, holds: &Holds<'_>) -> Result<()> {
+    /// Makes a file of this size, with its tags and what it holds, that has no name yet and will have this one.
+    fn make(&self, path: &Path, size: u64, record: &Record, holds: &Holds<'_>) -> Result<File> {
         let failed = |error| Error::io("creating", path, error);
-        let _ = fs::remove_file(path);
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
+        self.make_directory()?;
+        let file = nameless(&self.path).map_err(|error| {
+            if !is_unknown(&error) {
+                return failed(error);
+            }
+            self.unsuited("can make no file without a name (O_TMPFILE), as new volumes are until they are whole")
+        })?;
         if let Holds::BlocksOf(base) = holds {
             ioctl_ficlone(&file, base).map_err(|error| failed(error.into()))?;
         }
         file.set_len(size).map_err(failed)?;
-        write_record(&file, record).map_err(|error| {
-            if error != Errno::NOTSUP {
-                return failed(error.into());
-            }
-            Error::new(
-                ErrorCode::TargetUnavailable,
-                format!(
-                    "the file system of {} takes no extended attributes, which tell whose a volume is",
-                    self.path.display()
-                ),
-            )
-            .hint("use a directory on ext4, XFS or Btrfs")
-            .retry(false)
+        write_record(&file, record).map_err(|error| match error {
+            Errno::NOTSUP => self.unsuited("takes no extended attributes, which tell whose a volume is"),
+            error => failed(error.into()),
         })?;
         if let (Holds::OverlayOn(base), Some(disk)) = (holds, record.size) {
             write_overlay(&file, path, disk, &Backing::raw(base))?;
         }
-        file.sync_all().map_err(failed)
+        file.sync_all().map_err(failed)?;
+        Ok(file)
+    }
+
+    /// Gives a file that was made its name, which nobody has, and makes that last.
+    fn name(&self, file: &File, path: &Path) -> Result<()> {
+        // As open(2) has it for O_TMPFILE: by the descriptor alone only a privileged process may.
+        let open = format!("/proc/self/fd/{}", file.as_raw_fd());
+        linkat(CWD, open, CWD, path, AtFlags::SYMLINK_FOLLOW).map_err(|error| match error {
+            Errno::EXIST => in_the_way(path),
+            error => Error::io("creating", path, error.into()),
+        })?;
+        sync_directory(&self.path)
+    }
+
+    fn unsuited(&self, why: &str) -> Error {
+        Error::new(ErrorCode::TargetUnavailable, format!("the file system of {} {why}", self.path.display()))
+            .hint("use a directory on ext4, XFS or Btrfs")
+            .retry(false)
     }
 
     fn make_directory(&self) -> Result<()> {
@@ -261,6 +260,17 @@ fn read_record<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
 fn write_record(file: &File, record: &impl Serialize) -> Result<(), Errno> {
     let text = serde_json::to_vec(record).expect("a record is JSON");
     fsetxattr(file, ATTRIBUTE, &text, XattrFlags::empty())
+}
+
+/// A new file without a name, which nobody else sees.
+fn nameless(directory: &Path) -> io::Result<File> {
+    let flags = OFlags::TMPFILE.bits().cast_signed();
+    OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(flags).open(directory)
+}
+
+/// What a file system answers that has no files without names (open(2)).
+fn is_unknown(error: &io::Error) -> bool {
+    [Errno::OPNOTSUPP, Errno::ISDIR].contains(&Errno::from_io_error(error).unwrap_or(Errno::IO))
 }
 
 /// Makes the names in a directory last.
@@ -353,12 +363,7 @@ impl VolumeBackend for Directory {
             }
             fs::remove_file(&volume.path).map_err(|error| Error::io("removing", &volume.path, error))?;
         }
-        match fs::remove_file(self.unborn(name)) {
-            Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
-                Err(Error::io("removing", &self.unborn(name), error))
-            }
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     fn bases(&self) -> Result<Option<Box<dyn BaseStore + '_>>> {

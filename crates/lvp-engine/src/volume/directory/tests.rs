@@ -4,9 +4,12 @@ use e2e::images::{self, MountedFileSystem};
 use lvp_api::MIB;
 
 use super::*;
-use crate::volume::{
-    base::short,
-    conformance::{self, SIZE, base_of, clone_of, content, digest, expect, job, write},
+use crate::{
+    host::block::OpenTarget,
+    volume::{
+        base::short,
+        conformance::{self, SIZE, base_of, clone_of, content, digest, expect, job, write},
+    },
 };
 
 const EXT4: &[&str] = &["mkfs.ext4", "-q"];
@@ -168,14 +171,64 @@ fn a_file_with_two_names_is_not_written() {
     assert!(backend.find(&"a".parse().unwrap()).unwrap().unwrap().unsuitable.is_some());
 }
 
+/// Names that lvp gives, or once gave, are anybody's to give.
 #[test]
-fn an_interrupted_creation_leaves_no_volume_and_is_no_obstacle() {
+fn a_file_is_not_removed_for_its_name() {
+    let (mounted, backend) = on_xfs();
+    let store = backend.bases().unwrap().unwrap();
+    let (name, of_job): (VolumeName, _) = ("web-1".parse().unwrap(), job());
+    let unsealed = format!(".lvp-{of_job}.base-new");
+    let others = [".lvp-web-1.new", unsealed.as_str()].map(|name| mounted.path.join(name));
+    let new = NewVolume { name: &name, size: 5000, job: of_job };
+    // Nobody's tags, and those of another job.
+    for tags in [None, Some(Record::of_new(job(), None))] {
+        for other in &others {
+            fs::write(other, b"precious").unwrap();
+            tags.iter()
+                .for_each(|tags| write_record(&OpenOptions::new().write(true).open(other).unwrap(), tags).unwrap());
+        }
+        assert_eq!(backend.create(&new).unwrap().size, 8192);
+        backend.remove(&name).unwrap();
+        backend.remove(&name).unwrap();
+        assert_eq!(store.unsealed().unwrap(), []);
+        store.discard(of_job).unwrap();
+        assert_eq!(store.create(SIZE, of_job).unwrap_err().code(), ErrorCode::FileInTheWay);
+        assert_eq!(store.seal(of_job, &digest("a0"), &content(1)).unwrap_err().code(), ErrorCode::Internal);
+        for other in &others {
+            assert_eq!(fs::read(other).unwrap(), b"precious");
+            fs::remove_file(other).unwrap();
+        }
+    }
+}
+
+#[test]
+fn an_unsealed_base_that_is_held_is_not_removed() {
+    let (mounted, backend) = on_xfs();
+    let store = backend.bases().unwrap().unwrap();
+    let job = job();
+    // As another daemon holds it while it writes.
+    let held = OpenTarget::open(&store.create(SIZE, job).unwrap()).unwrap();
+    let error = store.discard(job).unwrap_err();
+    assert_eq!((error.code(), error.retryable()), (ErrorCode::ImageInUse, true), "{error:?}");
+    store.create(SIZE, job).unwrap_err();
+    assert_eq!(store.unsealed().unwrap(), [job]);
+    drop(held);
+    store.discard(job).unwrap();
+    assert_eq!(fs::read_dir(&mounted.path).unwrap().count(), 0);
+}
+
+/// A file has its tags before it has a name.
+#[test]
+fn what_is_made_has_no_name_until_it_is_whole() {
     let directory = tempfile::tempdir().unwrap();
     let backend = Directory::new(directory.path().to_owned(), DiskFormat::Raw);
-    let name: VolumeName = "web-1".parse().unwrap();
-    fs::write(directory.path().join(".lvp-web-1.new"), b"half").unwrap();
-    assert_eq!(backend.find(&name).unwrap(), None);
-    assert_eq!(backend.create(&NewVolume { name: &name, size: 5000, job: job() }).unwrap().size, 8192);
+    let path = directory.path().join("web-1.raw");
+    let file = backend.make(&path, SIZE, &Record::of_new(job(), None), &Holds::Nothing).unwrap();
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    backend.name(&file, &path).unwrap();
+    let volume = backend.find(&"web-1".parse().unwrap()).unwrap().unwrap();
+    assert!(volume.size == SIZE && volume.tags.made_by_lvp && volume.tags.incomplete);
+    assert_eq!(backend.name(&file, &path).unwrap_err().code(), ErrorCode::FileInTheWay);
 }
 
 #[test]

@@ -14,7 +14,7 @@
 //! systems on it, and nothing can write it. How many blocks it has is written into a tag before, because LVM tells that
 //! of active volumes only.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use lvp_api::{ContentDigest, Digest, ErrorCode, JobId, VolumeName};
 
@@ -25,7 +25,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     fault,
-    host::block::BlockTarget,
+    host::block::{BlockTarget, users_of},
     volume::{
         NewVolume, Volume, VolumeBackend,
         base::{Base, BaseStore, fits, nothing_to_seal, short, tell_left},
@@ -90,12 +90,21 @@ impl<'a> PoolBases<'a> {
         rows.iter().filter_map(|row| self.complete(row)).find(|base| base.digest == *digest)
     }
 
-    /// Removes the job's unsealed base, if the rows have it.
+    /// Removes the job's unsealed base, if the rows have it and nobody uses it: who writes one holds it.
     fn discard_among(&self, rows: &[LogicalVolume], job: JobId) -> Result<()> {
-        match rows.iter().find(|row| row.lv_name == unsealed_name(job)) {
-            Some(row) => self.lvm.remove_at_once(&row.lv_name),
-            None => Ok(()),
+        let Some(row) = rows.iter().find(|row| row.lv_name == unsealed_name(job)) else { return Ok(()) };
+        let device = Path::new(&row.lv_path);
+        // The device of one that is not active is not there.
+        let users = if device.exists() { users_of(device)? } else { Vec::new() };
+        if users.is_empty() {
+            return self.lvm.remove_at_once(&row.lv_name);
         }
+        let message =
+            format!("the unfinished base {} is in use: {}", self.lvm.full_name(&row.lv_name), users.join("; "));
+        Err(Error::new(ErrorCode::ImageInUse, message)
+            .hint("another daemon may be writing it: see `lvs -o lv_name,lv_tags`")
+            .retry(true)
+            .detail("users", users))
     }
 
     pub(super) fn sealed_name(&self, digest: &Digest) -> String {

@@ -84,7 +84,10 @@ mod real {
     use lvp_api::MIB;
 
     use super::*;
-    use crate::volume::conformance::{self, SIZE, base_of, clone_of, content, digest, expect, job, write};
+    use crate::{
+        host::block::OpenTarget,
+        volume::conformance::{self, SIZE, base_of, clone_of, content, digest, expect, job, write},
+    };
 
     fn lvm(pool: Option<&str>) -> Lvm {
         let retry = LockRetry { attempts: 2, backoff: vec![Duration::from_millis(100)] };
@@ -248,6 +251,21 @@ mod real {
         assert!(writes(&volume.path), "a clone is written");
         lvm.remove(&volume.name).unwrap();
         store.remove(&base.digest).unwrap();
+    }
+
+    #[test]
+    fn an_unsealed_base_that_is_held_is_not_removed() {
+        let lvm = lvm(Some("pool0"));
+        let store = lvm.bases().unwrap().unwrap();
+        let job = job();
+        // As another daemon holds it while it writes.
+        let held = OpenTarget::open(&store.create(SIZE, job).unwrap()).unwrap();
+        let error = store.discard(job).unwrap_err();
+        assert_eq!((error.code(), error.retryable()), (ErrorCode::ImageInUse, true), "{error:?}");
+        assert_eq!(store.unsealed().unwrap(), [job]);
+        drop(held);
+        store.discard(job).unwrap();
+        assert_eq!(store.unsealed().unwrap(), []);
     }
 
     /// A volume of a user's that happens to have the name of a base.
