@@ -42,8 +42,9 @@ use crate::{
 const STOP_FOLLOWS: Duration = Duration::from_secs(2);
 /// A job that was interrupted this often is not begun again.
 const MOST_ATTEMPTS: u32 = 5;
-/// How long what failed for no known reason is left alone before it is tried again.
+/// How long what failed outside of a step is left alone before it is tried again; twice as long each time, up to the longest.
 const BREATH: Duration = Duration::from_secs(1);
+const LONGEST_BREATH: Duration = Duration::from_secs(8);
 
 /// Makes the context of a job from what is stored of it.
 pub type MakeContext<C> = Box<dyn Fn(&Stored, Progress) -> Result<C> + Send + Sync>;
@@ -291,21 +292,7 @@ impl<C: Send + 'static> Runner<C> {
         let inner = Arc::clone(&self.inner);
         tokio::spawn(async move {
             metrics::job_started();
-            // Whatever happens to it, it does not hold its volume for ever: what breaks off outside of a step is run again.
-            let ran = match AssertUnwindSafe(inner.run(id, progress)).catch_unwind().await {
-                Ok(ran) => ran,
-                Err(panic) => {
-                    let error = panicked("the run of a job", &*panic);
-                    tracing::error!(job_id = %id, error = %error.chain(), "the job is run again from its record");
-                    // What breaks off each time shall not keep a processor busy.
-                    tokio::time::sleep(BREATH).await;
-                    inner.store.requeue(id).await.map(|()| None)
-                }
-            };
-            let ended = ran.unwrap_or_else(|error| {
-                tracing::error!(job_id = %id, error = %error.chain(), "the job's end could not be recorded; it will be resumed");
-                None
-            });
+            let ended = inner.run_until_settled(id, progress).await;
             metrics::job_stopped(ended);
             inner.live().remove(&id);
             inner.announce();
@@ -364,6 +351,41 @@ impl<C: Send + 'static> Inner<C> {
         let (id, progress) = (entry.id, Progress::default());
         live.insert(id, Live { entry, progress: progress.clone() });
         Ok(Some((id, progress)))
+    }
+
+    /// Runs a job until it has ended, or until the daemon stops (`None`). What breaks off outside of a step, as when the
+    /// database cannot be used, is run again from its record, less and less often. All the while the job is live: nobody
+    /// else has its volume before the record says that this job has let go of it.
+    async fn run_until_settled(&self, id: JobId, progress: Progress) -> Option<JobStatus> {
+        let (mut wait, mut has_panicked) = (Duration::ZERO, false);
+        loop {
+            let attempt = async {
+                match (wait.is_zero(), has_panicked) {
+                    (true, _) => {}
+                    (false, true) => self.store.requeue(id).await?,
+                    // No fault of the job's.
+                    (false, false) => self.store.requeue_stopped(id).await?,
+                }
+                self.run(id, progress.clone()).await
+            };
+            let error = match AssertUnwindSafe(attempt).catch_unwind().await {
+                Ok(Ok(ended)) => return ended,
+                Ok(Err(error)) => error,
+                Err(panic) => {
+                    has_panicked = true;
+                    panicked("the run of a job", &*panic)
+                }
+            };
+            tracing::error!(job_id = %id, error = %error.chain(), "the job broke off, and is run again from its record");
+            wait = (wait * 2).clamp(BREATH, LONGEST_BREATH);
+            if !self.stopping.load(Ordering::Relaxed) {
+                tokio::time::sleep(wait).await;
+            }
+            // The next start finds it as it is recorded.
+            if self.stopping.load(Ordering::Relaxed) {
+                return None;
+            }
+        }
     }
 
     /// Runs a job to its end, or until it is interrupted (`None`).
@@ -481,7 +503,9 @@ impl<C: Send + 'static> Inner<C> {
         (snapshot.bytes_per_second, snapshot.seconds_left) = (None, None);
         let error = error.map(|error| error.to_body());
         self.finish(id, status, snapshot, error, record).await?;
-        self.store.prune(self.keep).await?;
+        if let Err(error) = self.store.prune(self.keep).await {
+            tracing::warn!(error = %error.chain(), "ended jobs were not forgotten this time");
+        }
         Ok(status)
     }
 

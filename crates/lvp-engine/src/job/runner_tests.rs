@@ -1,5 +1,6 @@
 //! Jobs through the runner, on a real database: order, undo, cancel, shutdown, recovery.
 
+use e2e::lines::Lines;
 use serde_json::json;
 
 use super::*;
@@ -96,6 +97,11 @@ impl Bench {
         Runner::new(self.store.clone(), execution, 2, 10)
     }
 
+    /// Does something to the database beside the store.
+    fn to_database(&self, sql: &str) {
+        rusqlite::Connection::open(self.directory.path().join("jobs.db")).unwrap().execute_batch(sql).unwrap();
+    }
+
     fn diary(&self) -> String {
         std::fs::read_to_string(self.directory.path().join("diary")).unwrap_or_default().replace('\n', " ")
     }
@@ -139,6 +145,60 @@ async fn what_breaks_off_outside_of_a_step_is_run_again_and_holds_nothing() {
         assert_eq!(stored.status, JobStatus::Completed);
     }
     assert_eq!(bench.diary(), "+one ! +one +two +one +two ");
+}
+
+/// How many lines are logged while a job breaks off, from the first one on for a while: each is an attempt.
+async fn lines_of_a_while(lines: &Lines) -> usize {
+    while lines.count() == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    lines.count()
+}
+
+#[tokio::test]
+async fn a_database_that_takes_nothing_is_not_asked_without_a_pause_and_nothing_is_lost() {
+    let (bench, lines) = (Bench::new(), Lines::begin());
+    let runner = bench.runner(None);
+    runner.begin(Recovery::Resume).await.unwrap();
+    // As SQLite says it of a disk that is full: what is there can be read.
+    bench.to_database(
+        "CREATE TRIGGER full BEFORE UPDATE ON jobs BEGIN SELECT RAISE(FAIL, 'database or disk is full'); END",
+    );
+    let (id, _) = runner.submit(job()).await.unwrap();
+    let (other, _) = runner.submit(NewJob { exclusive: "other".into(), ..job() }).await.unwrap();
+    let count = lines_of_a_while(&lines).await;
+    assert!(count <= 4, "{count} attempts of two jobs");
+    for id in [id, other] {
+        assert_eq!(runner.get(id).await.unwrap().status, JobStatus::Pending);
+    }
+    bench.to_database("DROP TRIGGER full");
+    for id in [id, other] {
+        let stored = until(&runner, id, |stored| stored.status.is_terminal()).await;
+        assert_eq!((stored.status, stored.attempts), (JobStatus::Completed, 1));
+    }
+}
+
+#[tokio::test]
+async fn a_job_that_is_recorded_as_running_keeps_its_key_until_it_is_run_again() {
+    let (bench, lines) = (Bench::new(), Lines::begin());
+    let runner = bench.runner(None);
+    runner.begin(Recovery::Resume).await.unwrap();
+    // The job is recorded as running, and then its steps cannot be read.
+    bench.to_database("ALTER TABLE steps RENAME TO away");
+    let (id, _) = runner.submit(job()).await.unwrap();
+    let count = lines_of_a_while(&lines).await;
+    assert!(count <= 2, "{count} attempts");
+    assert_eq!(runner.get(id).await.unwrap().status, JobStatus::Running);
+    let refused = runner.hold("volume", "volume web").await.err().unwrap();
+    assert_eq!(refused.code(), ErrorCode::VolumeInUse);
+    let (next, _) = runner.submit(job()).await.unwrap();
+    bench.to_database("ALTER TABLE away RENAME TO steps");
+    for id in [id, next] {
+        let stored = until(&runner, id, |stored| stored.status.is_terminal()).await;
+        assert_eq!((stored.status, stored.attempts), (JobStatus::Completed, 1));
+    }
+    assert_eq!(bench.diary(), "+one +two +one +two ");
 }
 
 #[tokio::test]
