@@ -27,8 +27,9 @@ use tokio::sync::{Notify, watch};
 
 use super::{
     Action, Step,
+    hold::{Held, Holder},
     queue::{self, Entry},
-    store::{Filter, NewJob, Store, Stored},
+    store::{Filter, NewJob, RunBy, Store, Stored},
 };
 use crate::{
     error::{Error, Result},
@@ -64,7 +65,7 @@ pub struct Execution<C: 'static> {
 pub enum Recovery {
     /// Run them to their end (a daemon).
     Resume,
-    /// Take them back and end them as interrupted (a command that has work of its own).
+    /// Take back those of commands and end them as interrupted; leave the daemon's to it (a command that has work of its own).
     Undo,
     /// Leave them for the next daemon (a command that only looks).
     Leave,
@@ -99,21 +100,6 @@ struct Live {
     progress: Progress,
 }
 
-/// The right to change what an exclusive key stands for outside of a job: until it is dropped, no job with this key begins.
-pub struct Held {
-    key: String,
-    held: Arc<Mutex<Vec<String>>>,
-    wake: Arc<Notify>,
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        held.retain(|key| *key != self.key);
-        self.wake.notify_one();
-    }
-}
-
 impl<C: Send + 'static> Runner<C> {
     /// A runner of `limit` jobs at a time that remembers `keep` ended ones. It runs nothing until [`Runner::begin`].
     pub fn new(store: Store, execution: Execution<C>, limit: usize, keep: u32) -> Self {
@@ -133,9 +119,13 @@ impl<C: Send + 'static> Runner<C> {
 
     /// Settles what an earlier process left, then runs jobs until [`Runner::shutdown`].
     pub async fn begin(&self, recovery: Recovery) -> Result<()> {
+        if recovery == Recovery::Resume {
+            self.inner.store.take_over().await?;
+        }
         for stored in self.inner.store.unfinished().await? {
             match recovery {
                 Recovery::Leave => {}
+                Recovery::Undo if stored.run_by == RunBy::Daemon => {}
                 Recovery::Resume => {
                     if stored.status == JobStatus::Running {
                         tracing::warn!(job_id = %stored.id, attempts = stored.attempts, "job was interrupted and will be resumed");
@@ -153,7 +143,8 @@ impl<C: Send + 'static> Runner<C> {
         Ok(())
     }
 
-    /// Keeps a job and lets it run in its turn; gives its id, and whether it is new.
+    /// Keeps a job and lets it run in its turn; gives its id, and whether it is new. What a command must leave to the daemon
+    /// is refused before: see [`Runner::refuse_left`].
     pub async fn submit(&self, new: NewJob) -> Result<(JobId, bool)> {
         if self.inner.stopping.load(Ordering::Relaxed) {
             return Err(Error::new(ErrorCode::ShuttingDown, "the daemon is stopping and takes no new jobs"));
@@ -192,24 +183,40 @@ impl<C: Send + 'static> Runner<C> {
         if after.is_some_and(|after| after.status == JobStatus::Cancelled) {
             metrics::job_ended(JobStatus::Cancelled);
         }
-        if let Some(live) = self.inner.live().get(&id) {
-            live.progress.stop(Stop::Cancel);
+        let live = self.inner.live().get(&id).map(|live| live.progress.clone());
+        match live {
+            Some(progress) => progress.stop(Stop::Cancel),
+            // A process that is gone ran it: it is run again, to be taken back.
+            None if before.status == JobStatus::Running => self.inner.store.requeue_stopped(id).await?,
+            None => {}
         }
         self.inner.wake.notify_one();
         self.inner.announce();
         self.get(id).await
     }
 
-    /// The job that holds this exclusive key now. Once its end can be read, it holds nothing.
-    pub async fn holder(&self, exclusive: &str) -> Result<Option<JobId>> {
+    /// The job that has this exclusive key now. Once its end can be read, it has nothing.
+    pub async fn holder(&self, exclusive: &str) -> Result<Option<Holder>> {
         let holds = |live: &&Live| live.entry.exclusive == exclusive;
-        let Some(id) = self.inner.live().values().find(holds).map(|live| live.entry.id) else { return Ok(None) };
+        let Some(id) = self.inner.live().values().find(holds).map(|live| live.entry.id) else {
+            let left = self.inner.store.left_to_daemon(exclusive.to_owned()).await?;
+            return Ok(left.map(Holder::LeftToDaemon));
+        };
         match self.inner.store.get(id).await {
-            Ok(job) => Ok((!job.status.is_terminal()).then_some(id)),
+            Ok(job) => Ok((!job.status.is_terminal()).then_some(Holder::Running(id))),
             // It has ended, and was forgotten.
             Err(error) if error.code() == ErrorCode::JobNotFound => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// Refuses what a command must not begin, because a job of the daemon is about the same and will go on with it.
+    ///
+    /// # Errors
+    /// `volume_in_use`, with the job.
+    pub async fn refuse_left(&self, exclusive: &str, what: &str) -> Result<()> {
+        let left = self.inner.store.left_to_daemon(exclusive.to_owned()).await?;
+        left.map_or(Ok(()), |job| Err(Holder::LeftToDaemon(job).refusal(what)))
     }
 
     /// Holds this exclusive key outside of a job.
@@ -217,15 +224,14 @@ impl<C: Send + 'static> Runner<C> {
     /// # Errors
     /// `volume_in_use` while a job, or somebody else outside of one, has it.
     pub async fn hold(&self, exclusive: &str, what: &str) -> Result<Held> {
-        let busy = |by: String| {
-            Error::new(ErrorCode::VolumeInUse, format!("{what} is {by}"))
-                .hint("wait for its end, or cancel the job, then try again")
+        let held = self.inner.take(exclusive).ok_or_else(|| {
+            Error::new(ErrorCode::VolumeInUse, format!("{what} is being changed by another request"))
+                .hint("wait for its end, then try again")
                 .retry(true)
-        };
-        let held = self.inner.take(exclusive).ok_or_else(|| busy("being changed by another request".to_owned()))?;
+        })?;
         // No job begins with it from here on; one that is running has it.
         match self.holder(exclusive).await? {
-            Some(job) => Err(busy(format!("being written by job {job}"))),
+            Some(holder) => Err(holder.refusal(what)),
             None => Ok(held),
         }
     }

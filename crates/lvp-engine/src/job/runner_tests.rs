@@ -280,8 +280,9 @@ async fn what_a_step_found_is_kept_when_the_daemon_stops_behind_it() {
 }
 
 #[tokio::test]
-async fn a_command_with_work_of_its_own_takes_back_what_a_crash_left() {
-    let bench = Bench::new();
+async fn a_command_with_work_of_its_own_takes_back_what_a_crash_left_of_another() {
+    let mut bench = Bench::new();
+    bench.store = bench.store.clone().run_by(RunBy::Command);
     let (id, _) = bench.store.insert(job()).await.unwrap();
     bench.store.start(id).await.unwrap();
     bench.store.step(id, 0, "one", "done", json!({})).await.unwrap();
@@ -291,6 +292,45 @@ async fn a_command_with_work_of_its_own_takes_back_what_a_crash_left() {
     runner.begin(Recovery::Undo).await.unwrap();
     assert_eq!(runner.get(id).await.unwrap().error.unwrap().error, ErrorCode::Interrupted);
     assert_eq!(bench.diary(), "-one ");
+}
+
+#[tokio::test]
+async fn a_command_leaves_the_jobs_of_a_daemon_to_it_unless_it_is_told_to_cancel_them() {
+    let mut bench = Bench::new();
+    let named = |volume: &str| NewJob { exclusive: volume.into(), ..job() };
+    let mut ids = Vec::new();
+    for volume in ["begun", "killed", "waiting"] {
+        ids.push(bench.store.insert(named(volume)).await.unwrap().0);
+    }
+    for id in &ids[..2] {
+        bench.store.start(*id).await.unwrap();
+        bench.store.step(*id, 0, "one", "done", json!({})).await.unwrap();
+    }
+    bench.store.requeue_stopped(ids[0]).await.unwrap();
+    let daemon = bench.store.clone();
+    bench.store = bench.store.clone().run_by(RunBy::Command);
+    let command = bench.runner(None);
+    command.begin(Recovery::Undo).await.unwrap();
+    let (own, _) = command.submit(named("own")).await.unwrap();
+    until(&command, own, |stored| stored.status == JobStatus::Completed).await;
+    for (volume, id) in ["begun", "killed", "waiting"].into_iter().zip(&ids) {
+        assert!(!command.get(*id).await.unwrap().status.is_terminal(), "{volume}");
+        for error in [command.hold(volume, "it").await.err(), command.refuse_left(volume, "it").await.err()] {
+            assert!(error.unwrap().to_string().contains(&id.to_string()), "{volume}");
+        }
+    }
+    assert_eq!(bench.diary(), "+one +two ");
+    for id in &ids[1..] {
+        command.cancel(*id).await.unwrap();
+        until(&command, *id, |stored| stored.status == JobStatus::Cancelled).await;
+    }
+    assert_eq!(bench.diary(), "+one +two -one ", "only what began is taken back");
+    drop(command.hold("killed", "it").await.unwrap());
+    command.shutdown(Duration::from_secs(10)).await;
+    bench.store = daemon;
+    let next = bench.runner(None);
+    next.begin(Recovery::Resume).await.unwrap();
+    until(&next, ids[0], |stored| stored.status == JobStatus::Completed).await;
 }
 
 #[tokio::test]
