@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::{
     admission::{self, Admission},
-    in_use::{find_settled, refuse_in_use, refuse_overwriting},
+    in_use::{find_settled, refuse_overwriting, refuse_unfinished},
     known::{Known, gone, lost_tags},
     new_volume::Destination,
     order::{Order, VolumeOrder},
@@ -340,7 +340,7 @@ impl Context {
             // Somebody put it in place of this job's, whatever tags it has.
             Some(volume) if known.is_some_and(|known| known.is_replaced_by(&volume)) => Ok(()),
             Some(volume) if volume.tags.job == Some(job) => {
-                refuse_in_use(&volume, libvirt.as_ref())?;
+                refuse_unfinished(&volume, job, libvirt.as_ref())?;
                 backend.remove(&wanted.name)
             }
             Some(volume) if was_made => Err(lost_tags(&volume)),
