@@ -384,8 +384,11 @@ impl<C: Send + 'static> Inner<C> {
             };
             tracing::error!(job_id = %id, error = %error.chain(), "the job broke off, and is run again from its record");
             wait = (wait * 2).clamp(BREATH, LONGEST_BREATH);
-            if !self.stopping.load(Ordering::Relaxed) {
-                tokio::time::sleep(wait).await;
+            match progress.stop_reason() {
+                // A stop or a cancel ends the wait.
+                None => drop(tokio::time::timeout(wait, progress.stopped()).await),
+                Some(Stop::Cancel) => tokio::time::sleep(wait).await,
+                Some(Stop::Shutdown) => {}
             }
             // The next start finds it as it is recorded.
             if self.stopping.load(Ordering::Relaxed) {
