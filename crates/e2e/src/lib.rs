@@ -7,6 +7,7 @@ pub mod cell;
 pub mod fixture;
 pub mod gate;
 pub mod images;
+pub mod lines;
 pub mod minio;
 pub mod product;
 pub mod s3;

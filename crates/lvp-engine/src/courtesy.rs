@@ -11,7 +11,7 @@
 //! read (`host::pressure`) and how a rate is kept (`limit`).
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -60,27 +60,19 @@ impl Courtesy {
         Limits::of(Arc::clone(&self.download), Arc::clone(&self.write))
     }
 
-    /// Says whether there is somebody to heed.
-    fn tell_group(&self, look: &Look) {
-        let file = self.pressure.path().display().to_string();
-        if look.waited.is_some() {
-            tracing::info!(file, limit = self.settings.limit, "jobs heed how long guests wait for their disks");
-        } else {
-            tracing::info!(file, "there is no such group: no guest's wait for its disk is told");
-        }
+    fn tell_change(&self, before: Option<&Look>, now: &Look) {
+        tell_group(self.pressure.path(), self.settings.limit, before, now);
     }
 
     /// Looks after it until dropped.
     pub async fn look_always(self) {
         let mut before = Look::at(&self);
-        self.tell_group(&before);
+        self.tell_change(None, &before);
         let mut rate = None;
         loop {
             tokio::time::sleep(LOOK).await;
             let now = Look::at(&self);
-            if now.waited.is_some() != before.waited.is_some() {
-                self.tell_group(&now);
-            }
+            self.tell_change(Some(&before), &now);
             let (pressure, speed) = now.since(&before);
             let next = next_rate(rate, pressure > f64::from(self.settings.limit), speed);
             tell(rate, next, pressure);
@@ -95,17 +87,15 @@ impl Courtesy {
 /// What is known at one moment.
 struct Look {
     at: Instant,
-    waited: Option<Duration>,
+    /// How long guests have waited so far; nothing where there are none.
+    waited: Result<Option<Duration>>,
     /// Bytes that came and bytes that were written so far; the more of them counts.
     bytes: [u64; 2],
 }
 
 impl Look {
     fn at(courtesy: &Courtesy) -> Self {
-        let waited = courtesy.pressure.waited().unwrap_or_else(|error| {
-            tracing::warn!(error = %error.chain(), "nobody knows how long guests wait for their disks");
-            None
-        });
+        let waited = courtesy.pressure.waited();
         Self { at: Instant::now(), waited, bytes: [courtesy.download.taken(), courtesy.write.taken()] }
     }
 
@@ -113,9 +103,26 @@ impl Look {
     fn since(&self, before: &Self) -> (f64, u64) {
         let seconds = (self.at - before.at).as_secs_f64().max(f64::MIN_POSITIVE);
         // Its count begins anew with the group, when the first guest comes.
-        let waited = self.waited.zip(before.waited).map_or(Duration::ZERO, |(now, then)| now.saturating_sub(then));
+        let told = |look: &Self| look.waited.as_ref().ok().copied().flatten();
+        let waited = told(self).zip(told(before)).map_or(Duration::ZERO, |(now, then)| now.saturating_sub(then));
         let bytes = self.bytes.iter().zip(before.bytes).map(|(now, then)| now - then).max().unwrap_or_default();
         (100.0 * waited.as_secs_f64() / seconds, (bytes as f64 / seconds) as u64)
+    }
+}
+
+/// Says whether there is somebody to heed, and whether that can be told, whenever that is another answer than before.
+fn tell_group(file: &Path, limit: u8, before: Option<&Look>, now: &Look) {
+    let kind = |look: &Look| look.waited.as_ref().map(Option::is_some).map_err(drop);
+    if before.is_some_and(|before| kind(before) == kind(now)) {
+        return;
+    }
+    let file = file.display().to_string();
+    match &now.waited {
+        Ok(Some(_)) => tracing::info!(file, limit, "jobs heed how long guests wait for their disks"),
+        Ok(None) => tracing::info!(file, "there is no such group: no guest's wait for its disk is told"),
+        Err(error) => {
+            tracing::warn!(file, error = %error.chain(), "nobody knows how long guests wait for their disks");
+        }
     }
 }
 
@@ -150,7 +157,24 @@ fn tell(before: Option<u64>, now: Option<u64>, pressure: f64) {
 
 #[cfg(test)]
 mod tests {
+    use e2e::lines::Lines;
+
     use super::*;
+    use crate::error::Error;
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_told_once_until_it_can() {
+        let lines = Lines::begin();
+        let look = |waited| Look { at: Instant::now(), waited, bytes: [0; 2] };
+        let broken = || look(Err(Error::internal("it cannot be read")));
+        let mut before = None;
+        let looks = [broken(), broken(), broken(), look(Ok(Some(LOOK))), look(Ok(None)), broken(), broken()];
+        for now in looks {
+            tell_group(Path::new("/x"), 20, before.as_ref(), &now);
+            before = Some(now);
+        }
+        assert_eq!(lines.count(), 2);
+    }
 
     const MIB: u64 = 1 << 20;
 

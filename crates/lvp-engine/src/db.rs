@@ -54,6 +54,8 @@ const MIGRATIONS: &[&str] = &[
     ) STRICT;
     CREATE INDEX receipts_by_job ON receipts (job_id);
 ",
+    // Of a job before, nobody knows; to leave it to the daemon loses nothing.
+    "ALTER TABLE jobs ADD COLUMN run_by TEXT NOT NULL DEFAULT 'daemon';",
 ];
 
 /// Pages that a copy takes at once: others may write between.
@@ -301,6 +303,9 @@ mod tests {
             assert_eq!(examine(&path).unwrap(), Facts { version, jobs: u64::from(version > 0) });
             drop(open(&path).unwrap());
             assert_eq!(examine(&path).unwrap(), Facts { version: MIGRATIONS.len(), jobs: u64::from(version > 0) });
+            let connection = open(&path).unwrap();
+            let sql = "SELECT count(*) FROM jobs WHERE run_by <> 'daemon'";
+            assert_eq!(connection.query_row(sql, [], |row| row.get::<_, i64>(0)).unwrap(), 0, "none is a command's");
         }
     }
 

@@ -29,7 +29,7 @@ use crate::{
         lock::Lock,
     },
     image::{ImageSettings, Images},
-    job::{Execution, Filter, NewJob, Runner, Store},
+    job::{Execution, Filter, NewJob, RunBy, Runner, Store},
     limit::Limits,
     progress::{Progress, Stop},
     provision::{self, Context, Keeping, Left, Order, Services},
@@ -97,7 +97,8 @@ impl Engine {
         let lock = Lock::acquire(&state.join("lock"), &format!("the state directory {}", state.display()))?;
         let database = settings.database();
         let recorded_in = database.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let store = Store::open(&database)?.bounded(settings.max_queued_jobs);
+        let own = if settings.recovery == Recovery::Resume { RunBy::Daemon } else { RunBy::Command };
+        let store = Store::open(&database)?.bounded(settings.max_queued_jobs).run_by(own);
         let (libvirt, libvirt_required) = libvirt(&settings);
         let (directory, pool) = cache_directory(&settings, libvirt.clone()).await;
         let ledger = Ledger::default();
@@ -170,6 +171,7 @@ impl Engine {
     /// What a provision would do.
     pub async fn plan(&self, request: &ProvisionRequest, caller: Caller) -> Result<Plan> {
         let order = self.order(request, caller)?;
+        self.exclusive(&order).await?;
         self.refuse_unrecordable().await?;
         let receipts = self.receipts_beside(&order).await?;
         provision::plan(&self.inner.services, &order, &receipts).await
@@ -201,15 +203,25 @@ impl Engine {
     }
 
     async fn submit(&self, kind: JobKind, order: &Order, idempotency_key: Option<String>) -> Result<Submitted> {
-        let exclusive = match &order.volume {
-            Some(volume) => self.target(Some(&volume.target), Caller::Administrator)?.exclusive_key(&volume.name),
-            // The cache itself sees to it that an image is fetched once.
-            None => format!("image:{}", uuid::Uuid::new_v4()),
-        };
+        let exclusive = self.exclusive(order).await?;
         self.refuse_unrecordable().await?;
         let new = NewJob { kind, request: order.to_stored(), exclusive, idempotency_key };
         let (job_id, _) = self.inner.runner.submit(new).await?;
         Ok(Submitted { job_id })
+    }
+
+    /// What no two running jobs of this order's kind may share.
+    ///
+    /// # Errors
+    /// `volume_in_use` in a command, when a job of the daemon is about the volume.
+    async fn exclusive(&self, order: &Order) -> Result<String> {
+        let Some(volume) = &order.volume else {
+            // The cache itself sees to it that an image is fetched once.
+            return Ok(format!("image:{}", uuid::Uuid::new_v4()));
+        };
+        let key = self.target(Some(&volume.target), Caller::Administrator)?.exclusive_key(&volume.name);
+        self.inner.runner.refuse_left(&key, &format!("volume {}", volume.name)).await?;
+        Ok(key)
     }
 
     async fn refuse_unrecordable(&self) -> Result<()> {
@@ -319,7 +331,7 @@ impl Engine {
             (self.inner.services.libvirt.clone(), self.inner.runner.holder(&target.exclusive_key(&name)).await?);
         blocking(move || {
             let volume = target.backend.find(&name)?.ok_or_else(|| no_volume(&name, &target))?;
-            let mut users = holder.map(|id| format!("being written by job {id}")).into_iter().collect::<Vec<_>>();
+            let mut users = holder.map(|holder| holder.to_string()).into_iter().collect::<Vec<_>>();
             match provision::users(&volume, libvirt.as_ref()) {
                 Ok(found) => users.extend(found),
                 Err(error) => users.push(format!("not known, because {}", error.chain())),
@@ -354,13 +366,8 @@ impl Engine {
 
     /// Refuses a volume that a job works on.
     async fn refuse_held(&self, name: &VolumeName, target: &Target) -> Result<()> {
-        match self.inner.runner.holder(&target.exclusive_key(name)).await? {
-            None => Ok(()),
-            Some(job) => {
-                Err(Error::new(ErrorCode::VolumeInUse, format!("volume {name} is being written by job {job}"))
-                    .hint("cancel the job, or wait for its end"))
-            }
-        }
+        let holder = self.inner.runner.holder(&target.exclusive_key(name)).await?;
+        holder.map_or(Ok(()), |holder| Err(holder.refusal(&format!("volume {name}"))))
     }
 
     /// Takes a volume over, which counts as made by lvp from then on. Once more is no error. One that a job left incomplete is

@@ -10,6 +10,7 @@ mod commands;
 mod config;
 mod connection;
 mod logging;
+mod open_files;
 mod output;
 mod progress_bar;
 

@@ -9,6 +9,7 @@
 
 use std::{
     collections::VecDeque,
+    sync::{Arc, atomic::AtomicU32},
     time::{Duration, Instant},
 };
 
@@ -53,6 +54,8 @@ pub(super) struct Pieces {
     /// Ends them when this is dropped.
     tasks: JoinSet<()>,
     width: Width,
+    /// Failures of all pieces.
+    failures: Arc<AtomicU32>,
 }
 
 impl Pieces {
@@ -64,7 +67,7 @@ impl Pieces {
     /// From `from` to the `size` of what `info` describes.
     pub fn new(source: Source, info: SourceInfo, from: u64, size: u64, progress: Progress) -> Self {
         let (under_way, tasks, width) = (VecDeque::new(), JoinSet::new(), Width::new(Instant::now()));
-        Self { source, info, progress, next: from, size, under_way, tasks, width }
+        Self { source, info, progress, next: from, size, under_way, tasks, width, failures: Arc::default() }
     }
 
     /// The next bytes; `None` at the end.
@@ -101,6 +104,7 @@ impl Pieces {
             at: self.next,
             end,
             chunks,
+            failures: Arc::clone(&self.failures),
         };
         self.tasks.spawn(piece.fetch());
         while self.tasks.try_join_next().is_some() {}
@@ -117,12 +121,13 @@ struct Piece {
     at: u64,
     end: u64,
     chunks: mpsc::UnboundedSender<Result<Bytes, Broken>>,
+    failures: Arc<AtomicU32>,
 }
 
 impl Piece {
     async fn fetch(mut self) {
         let source = self.source.clone();
-        let mut retries = Retries::new(source.settings());
+        let mut retries = Retries::of_part(source.settings(), Arc::clone(&self.failures));
         loop {
             let before = self.at;
             let broken = match self.attempt().await {

@@ -7,7 +7,13 @@
 //! ```
 //! It leaves out what is tried: see `source` and `download`.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use jiff::Timestamp;
 
@@ -21,6 +27,10 @@ use crate::{
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 /// A transfer that moves on between its failures may fail this many times as often as a request.
 const TOTAL_FACTOR: u32 = 32;
+
+/// So many failures of one transfer are told each; then only every one whose number is a power of two, so that a bad line
+/// fills no log, however large the image is.
+const TOLD: u32 = 4;
 
 /// An attempt that brought so many bytes was worth it: failures in a row are counted anew after it.
 pub(super) const WORTHWHILE: u64 = 64 << 10;
@@ -66,11 +76,18 @@ pub(super) struct Retries<'a> {
     settings: &'a SourceSettings,
     in_a_row: u32,
     total: u32,
+    /// Failures of the whole transfer, of which this may be a part.
+    of_all: Arc<AtomicU32>,
 }
 
 impl<'a> Retries<'a> {
     pub fn new(settings: &'a SourceSettings) -> Self {
-        Self { settings, in_a_row: 0, total: 0 }
+        Self::of_part(settings, Arc::default())
+    }
+
+    /// Those of a part: the failures of all parts are counted together, for the log.
+    pub fn of_part(settings: &'a SourceSettings, of_all: Arc<AtomicU32>) -> Self {
+        Self { settings, in_a_row: 0, total: 0, of_all }
     }
 
     /// Waits until the next attempt is due.
@@ -93,11 +110,18 @@ impl<'a> Retries<'a> {
         let wait = self.wait(failure.again);
         self.in_a_row += 1;
         self.total += 1;
-        tracing::warn!(
-            error = %failure.error.chain(), attempt = self.total, wait_ms = wait.as_millis(),
-            "reading the image's source failed; trying again"
-        );
+        self.tell(&failure.error, wait);
         progress.until_stopped(tokio::time::sleep(wait)).await
+    }
+
+    fn tell(&self, error: &Error, wait: Duration) {
+        let failures = self.of_all.fetch_add(1, Ordering::Relaxed) + 1;
+        if failures <= TOLD || failures.is_power_of_two() {
+            tracing::warn!(
+                error = %error.chain(), attempt = self.total, failures, wait_ms = wait.as_millis(),
+                "reading the image's source failed; trying again"
+            );
+        }
     }
 
     /// The back-off of this attempt, between half and all of it, but no less than the server asked for.
@@ -127,6 +151,7 @@ pub(super) fn retry_after(value: &str, now: Timestamp) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
+    use e2e::lines::Lines;
     use lvp_api::ErrorCode;
 
     use super::*;
@@ -169,6 +194,18 @@ mod tests {
             retries.pause(failure(Again::Soon), true, &progress).await.unwrap();
         }
         assert!(retries.pause(failure(Again::Soon), true, &progress).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_large_image_over_a_bad_line_fills_no_log() {
+        let (settings, progress, lines) = (settings(2, 0), Progress::default(), Lines::begin());
+        let of_all = Arc::default();
+        // 4 GiB in pieces of 4 MiB, each of which fails once.
+        for _ in 0..1024 {
+            let mut retries = Retries::of_part(&settings, Arc::clone(&of_all));
+            retries.pause(failure(Again::Soon), true, &progress).await.unwrap();
+        }
+        assert_eq!(lines.count(), 4 + 8, "1 to 4, then 8, 16, … 1024");
     }
 
     #[tokio::test]

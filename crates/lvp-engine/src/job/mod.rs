@@ -1,4 +1,5 @@
-//! Jobs: which may run next ([`queue`]), running them step by step ([`runner`]), and keeping them ([`store`]).
+//! Jobs: which may run next ([`queue`]), running them step by step ([`runner`]), keeping them ([`store`]), and who has what a
+//! job is about ([`hold`]).
 //!
 //! It knows nothing of images and volumes: a job is a request, a record and a list of [`Step`]s, all given by
 //! `provision`.
@@ -11,6 +12,7 @@
 //!                           undone
 //! ```
 
+mod hold;
 mod queue;
 mod runner;
 mod store;
@@ -19,7 +21,7 @@ use futures::future::BoxFuture;
 
 pub use self::{
     runner::{Execution, Recovery, Runner},
-    store::{Filter, NewJob, Store, Stored},
+    store::{Filter, NewJob, RunBy, Store, Stored},
 };
 use crate::error::Result;
 

@@ -27,8 +27,9 @@ use tokio::sync::{Notify, watch};
 
 use super::{
     Action, Step,
+    hold::{Held, Holder},
     queue::{self, Entry},
-    store::{Filter, NewJob, Store, Stored},
+    store::{Filter, NewJob, RunBy, Store, Stored},
 };
 use crate::{
     error::{Error, Result},
@@ -42,8 +43,9 @@ use crate::{
 const STOP_FOLLOWS: Duration = Duration::from_secs(2);
 /// A job that was interrupted this often is not begun again.
 const MOST_ATTEMPTS: u32 = 5;
-/// How long what failed for no known reason is left alone before it is tried again.
+/// How long what failed outside of a step is left alone before it is tried again; twice as long each time, up to the longest.
 const BREATH: Duration = Duration::from_secs(1);
+const LONGEST_BREATH: Duration = Duration::from_secs(8);
 
 /// Makes the context of a job from what is stored of it.
 pub type MakeContext<C> = Box<dyn Fn(&Stored, Progress) -> Result<C> + Send + Sync>;
@@ -63,7 +65,7 @@ pub struct Execution<C: 'static> {
 pub enum Recovery {
     /// Run them to their end (a daemon).
     Resume,
-    /// Take them back and end them as interrupted (a command that has work of its own).
+    /// Take back those of commands and end them as interrupted; leave the daemon's to it (a command that has work of its own).
     Undo,
     /// Leave them for the next daemon (a command that only looks).
     Leave,
@@ -98,21 +100,6 @@ struct Live {
     progress: Progress,
 }
 
-/// The right to change what an exclusive key stands for outside of a job: until it is dropped, no job with this key begins.
-pub struct Held {
-    key: String,
-    held: Arc<Mutex<Vec<String>>>,
-    wake: Arc<Notify>,
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        held.retain(|key| *key != self.key);
-        self.wake.notify_one();
-    }
-}
-
 impl<C: Send + 'static> Runner<C> {
     /// A runner of `limit` jobs at a time that remembers `keep` ended ones. It runs nothing until [`Runner::begin`].
     pub fn new(store: Store, execution: Execution<C>, limit: usize, keep: u32) -> Self {
@@ -132,9 +119,13 @@ impl<C: Send + 'static> Runner<C> {
 
     /// Settles what an earlier process left, then runs jobs until [`Runner::shutdown`].
     pub async fn begin(&self, recovery: Recovery) -> Result<()> {
+        if recovery == Recovery::Resume {
+            self.inner.store.take_over().await?;
+        }
         for stored in self.inner.store.unfinished().await? {
             match recovery {
                 Recovery::Leave => {}
+                Recovery::Undo if stored.run_by == RunBy::Daemon => {}
                 Recovery::Resume => {
                     if stored.status == JobStatus::Running {
                         tracing::warn!(job_id = %stored.id, attempts = stored.attempts, "job was interrupted and will be resumed");
@@ -152,7 +143,8 @@ impl<C: Send + 'static> Runner<C> {
         Ok(())
     }
 
-    /// Keeps a job and lets it run in its turn; gives its id, and whether it is new.
+    /// Keeps a job and lets it run in its turn; gives its id, and whether it is new. What a command must leave to the daemon
+    /// is refused before: see [`Runner::refuse_left`].
     pub async fn submit(&self, new: NewJob) -> Result<(JobId, bool)> {
         if self.inner.stopping.load(Ordering::Relaxed) {
             return Err(Error::new(ErrorCode::ShuttingDown, "the daemon is stopping and takes no new jobs"));
@@ -191,24 +183,40 @@ impl<C: Send + 'static> Runner<C> {
         if after.is_some_and(|after| after.status == JobStatus::Cancelled) {
             metrics::job_ended(JobStatus::Cancelled);
         }
-        if let Some(live) = self.inner.live().get(&id) {
-            live.progress.stop(Stop::Cancel);
+        let live = self.inner.live().get(&id).map(|live| live.progress.clone());
+        match live {
+            Some(progress) => progress.stop(Stop::Cancel),
+            // A process that is gone ran it: it is run again, to be taken back.
+            None if before.status == JobStatus::Running => self.inner.store.requeue_stopped(id).await?,
+            None => {}
         }
         self.inner.wake.notify_one();
         self.inner.announce();
         self.get(id).await
     }
 
-    /// The job that holds this exclusive key now. Once its end can be read, it holds nothing.
-    pub async fn holder(&self, exclusive: &str) -> Result<Option<JobId>> {
+    /// The job that has this exclusive key now. Once its end can be read, it has nothing.
+    pub async fn holder(&self, exclusive: &str) -> Result<Option<Holder>> {
         let holds = |live: &&Live| live.entry.exclusive == exclusive;
-        let Some(id) = self.inner.live().values().find(holds).map(|live| live.entry.id) else { return Ok(None) };
+        let Some(id) = self.inner.live().values().find(holds).map(|live| live.entry.id) else {
+            let left = self.inner.store.left_to_daemon(exclusive.to_owned()).await?;
+            return Ok(left.map(Holder::LeftToDaemon));
+        };
         match self.inner.store.get(id).await {
-            Ok(job) => Ok((!job.status.is_terminal()).then_some(id)),
+            Ok(job) => Ok((!job.status.is_terminal()).then_some(Holder::Running(id))),
             // It has ended, and was forgotten.
             Err(error) if error.code() == ErrorCode::JobNotFound => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// Refuses what a command must not begin, because a job of the daemon is about the same and will go on with it.
+    ///
+    /// # Errors
+    /// `volume_in_use`, with the job.
+    pub async fn refuse_left(&self, exclusive: &str, what: &str) -> Result<()> {
+        let left = self.inner.store.left_to_daemon(exclusive.to_owned()).await?;
+        left.map_or(Ok(()), |job| Err(Holder::LeftToDaemon(job).refusal(what)))
     }
 
     /// Holds this exclusive key outside of a job.
@@ -216,15 +224,14 @@ impl<C: Send + 'static> Runner<C> {
     /// # Errors
     /// `volume_in_use` while a job, or somebody else outside of one, has it.
     pub async fn hold(&self, exclusive: &str, what: &str) -> Result<Held> {
-        let busy = |by: String| {
-            Error::new(ErrorCode::VolumeInUse, format!("{what} is {by}"))
-                .hint("wait for its end, or cancel the job, then try again")
+        let held = self.inner.take(exclusive).ok_or_else(|| {
+            Error::new(ErrorCode::VolumeInUse, format!("{what} is being changed by another request"))
+                .hint("wait for its end, then try again")
                 .retry(true)
-        };
-        let held = self.inner.take(exclusive).ok_or_else(|| busy("being changed by another request".to_owned()))?;
+        })?;
         // No job begins with it from here on; one that is running has it.
         match self.holder(exclusive).await? {
-            Some(job) => Err(busy(format!("being written by job {job}"))),
+            Some(holder) => Err(holder.refusal(what)),
             None => Ok(held),
         }
     }
@@ -291,21 +298,7 @@ impl<C: Send + 'static> Runner<C> {
         let inner = Arc::clone(&self.inner);
         tokio::spawn(async move {
             metrics::job_started();
-            // Whatever happens to it, it does not hold its volume for ever: what breaks off outside of a step is run again.
-            let ran = match AssertUnwindSafe(inner.run(id, progress)).catch_unwind().await {
-                Ok(ran) => ran,
-                Err(panic) => {
-                    let error = panicked("the run of a job", &*panic);
-                    tracing::error!(job_id = %id, error = %error.chain(), "the job is run again from its record");
-                    // What breaks off each time shall not keep a processor busy.
-                    tokio::time::sleep(BREATH).await;
-                    inner.store.requeue(id).await.map(|()| None)
-                }
-            };
-            let ended = ran.unwrap_or_else(|error| {
-                tracing::error!(job_id = %id, error = %error.chain(), "the job's end could not be recorded; it will be resumed");
-                None
-            });
+            let ended = inner.run_until_settled(id, progress).await;
             metrics::job_stopped(ended);
             inner.live().remove(&id);
             inner.announce();
@@ -364,6 +357,44 @@ impl<C: Send + 'static> Inner<C> {
         let (id, progress) = (entry.id, Progress::default());
         live.insert(id, Live { entry, progress: progress.clone() });
         Ok(Some((id, progress)))
+    }
+
+    /// Runs a job until it has ended, or until the daemon stops (`None`). What breaks off outside of a step, as when the
+    /// database cannot be used, is run again from its record, less and less often. All the while the job is live: nobody
+    /// else has its volume before the record says that this job has let go of it.
+    async fn run_until_settled(&self, id: JobId, progress: Progress) -> Option<JobStatus> {
+        let (mut wait, mut has_panicked) = (Duration::ZERO, false);
+        loop {
+            let attempt = async {
+                match (wait.is_zero(), has_panicked) {
+                    (true, _) => {}
+                    (false, true) => self.store.requeue(id).await?,
+                    // No fault of the job's.
+                    (false, false) => self.store.requeue_stopped(id).await?,
+                }
+                self.run(id, progress.clone()).await
+            };
+            let error = match AssertUnwindSafe(attempt).catch_unwind().await {
+                Ok(Ok(ended)) => return ended,
+                Ok(Err(error)) => error,
+                Err(panic) => {
+                    has_panicked = true;
+                    panicked("the run of a job", &*panic)
+                }
+            };
+            tracing::error!(job_id = %id, error = %error.chain(), "the job broke off, and is run again from its record");
+            wait = (wait * 2).clamp(BREATH, LONGEST_BREATH);
+            match progress.stop_reason() {
+                // A stop or a cancel ends the wait.
+                None => drop(tokio::time::timeout(wait, progress.stopped()).await),
+                Some(Stop::Cancel) => tokio::time::sleep(wait).await,
+                Some(Stop::Shutdown) => {}
+            }
+            // The next start finds it as it is recorded.
+            if self.stopping.load(Ordering::Relaxed) {
+                return None;
+            }
+        }
     }
 
     /// Runs a job to its end, or until it is interrupted (`None`).
@@ -481,7 +512,9 @@ impl<C: Send + 'static> Inner<C> {
         (snapshot.bytes_per_second, snapshot.seconds_left) = (None, None);
         let error = error.map(|error| error.to_body());
         self.finish(id, status, snapshot, error, record).await?;
-        self.store.prune(self.keep).await?;
+        if let Err(error) = self.store.prune(self.keep).await {
+            tracing::warn!(error = %error.chain(), "ended jobs were not forgotten this time");
+        }
         Ok(status)
     }
 

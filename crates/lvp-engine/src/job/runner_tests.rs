@@ -1,5 +1,6 @@
 //! Jobs through the runner, on a real database: order, undo, cancel, shutdown, recovery.
 
+use e2e::lines::Lines;
 use serde_json::json;
 
 use super::*;
@@ -96,6 +97,11 @@ impl Bench {
         Runner::new(self.store.clone(), execution, 2, 10)
     }
 
+    /// Does something to the database beside the store.
+    fn to_database(&self, sql: &str) {
+        rusqlite::Connection::open(self.directory.path().join("jobs.db")).unwrap().execute_batch(sql).unwrap();
+    }
+
     fn diary(&self) -> String {
         std::fs::read_to_string(self.directory.path().join("diary")).unwrap_or_default().replace('\n', " ")
     }
@@ -139,6 +145,60 @@ async fn what_breaks_off_outside_of_a_step_is_run_again_and_holds_nothing() {
         assert_eq!(stored.status, JobStatus::Completed);
     }
     assert_eq!(bench.diary(), "+one ! +one +two +one +two ");
+}
+
+/// How many lines are logged while a job breaks off, from the first one on for a while: each is an attempt.
+async fn lines_of_a_while(lines: &Lines) -> usize {
+    while lines.count() == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    lines.count()
+}
+
+#[tokio::test]
+async fn a_database_that_takes_nothing_is_not_asked_without_a_pause_and_nothing_is_lost() {
+    let (bench, lines) = (Bench::new(), Lines::begin());
+    let runner = bench.runner(None);
+    runner.begin(Recovery::Resume).await.unwrap();
+    // As SQLite says it of a disk that is full: what is there can be read.
+    bench.to_database(
+        "CREATE TRIGGER full BEFORE UPDATE ON jobs BEGIN SELECT RAISE(FAIL, 'database or disk is full'); END",
+    );
+    let (id, _) = runner.submit(job()).await.unwrap();
+    let (other, _) = runner.submit(NewJob { exclusive: "other".into(), ..job() }).await.unwrap();
+    let count = lines_of_a_while(&lines).await;
+    assert!(count <= 4, "{count} attempts of two jobs");
+    for id in [id, other] {
+        assert_eq!(runner.get(id).await.unwrap().status, JobStatus::Pending);
+    }
+    bench.to_database("DROP TRIGGER full");
+    for id in [id, other] {
+        let stored = until(&runner, id, |stored| stored.status.is_terminal()).await;
+        assert_eq!((stored.status, stored.attempts), (JobStatus::Completed, 1));
+    }
+}
+
+#[tokio::test]
+async fn a_job_that_is_recorded_as_running_keeps_its_key_until_it_is_run_again() {
+    let (bench, lines) = (Bench::new(), Lines::begin());
+    let runner = bench.runner(None);
+    runner.begin(Recovery::Resume).await.unwrap();
+    // The job is recorded as running, and then its steps cannot be read.
+    bench.to_database("ALTER TABLE steps RENAME TO away");
+    let (id, _) = runner.submit(job()).await.unwrap();
+    let count = lines_of_a_while(&lines).await;
+    assert!(count <= 2, "{count} attempts");
+    assert_eq!(runner.get(id).await.unwrap().status, JobStatus::Running);
+    let refused = runner.hold("volume", "volume web").await.err().unwrap();
+    assert_eq!(refused.code(), ErrorCode::VolumeInUse);
+    let (next, _) = runner.submit(job()).await.unwrap();
+    bench.to_database("ALTER TABLE away RENAME TO steps");
+    for id in [id, next] {
+        let stored = until(&runner, id, |stored| stored.status.is_terminal()).await;
+        assert_eq!((stored.status, stored.attempts), (JobStatus::Completed, 1));
+    }
+    assert_eq!(bench.diary(), "+one +two +one +two ");
 }
 
 #[tokio::test]
@@ -220,8 +280,9 @@ async fn what_a_step_found_is_kept_when_the_daemon_stops_behind_it() {
 }
 
 #[tokio::test]
-async fn a_command_with_work_of_its_own_takes_back_what_a_crash_left() {
-    let bench = Bench::new();
+async fn a_command_with_work_of_its_own_takes_back_what_a_crash_left_of_another() {
+    let mut bench = Bench::new();
+    bench.store = bench.store.clone().run_by(RunBy::Command);
     let (id, _) = bench.store.insert(job()).await.unwrap();
     bench.store.start(id).await.unwrap();
     bench.store.step(id, 0, "one", "done", json!({})).await.unwrap();
@@ -231,6 +292,45 @@ async fn a_command_with_work_of_its_own_takes_back_what_a_crash_left() {
     runner.begin(Recovery::Undo).await.unwrap();
     assert_eq!(runner.get(id).await.unwrap().error.unwrap().error, ErrorCode::Interrupted);
     assert_eq!(bench.diary(), "-one ");
+}
+
+#[tokio::test]
+async fn a_command_leaves_the_jobs_of_a_daemon_to_it_unless_it_is_told_to_cancel_them() {
+    let mut bench = Bench::new();
+    let named = |volume: &str| NewJob { exclusive: volume.into(), ..job() };
+    let mut ids = Vec::new();
+    for volume in ["begun", "killed", "waiting"] {
+        ids.push(bench.store.insert(named(volume)).await.unwrap().0);
+    }
+    for id in &ids[..2] {
+        bench.store.start(*id).await.unwrap();
+        bench.store.step(*id, 0, "one", "done", json!({})).await.unwrap();
+    }
+    bench.store.requeue_stopped(ids[0]).await.unwrap();
+    let daemon = bench.store.clone();
+    bench.store = bench.store.clone().run_by(RunBy::Command);
+    let command = bench.runner(None);
+    command.begin(Recovery::Undo).await.unwrap();
+    let (own, _) = command.submit(named("own")).await.unwrap();
+    until(&command, own, |stored| stored.status == JobStatus::Completed).await;
+    for (volume, id) in ["begun", "killed", "waiting"].into_iter().zip(&ids) {
+        assert!(!command.get(*id).await.unwrap().status.is_terminal(), "{volume}");
+        for error in [command.hold(volume, "it").await.err(), command.refuse_left(volume, "it").await.err()] {
+            assert!(error.unwrap().to_string().contains(&id.to_string()), "{volume}");
+        }
+    }
+    assert_eq!(bench.diary(), "+one +two ");
+    for id in &ids[1..] {
+        command.cancel(*id).await.unwrap();
+        until(&command, *id, |stored| stored.status == JobStatus::Cancelled).await;
+    }
+    assert_eq!(bench.diary(), "+one +two -one ", "only what began is taken back");
+    drop(command.hold("killed", "it").await.unwrap());
+    command.shutdown(Duration::from_secs(10)).await;
+    bench.store = daemon;
+    let next = bench.runner(None);
+    next.begin(Recovery::Resume).await.unwrap();
+    until(&next, ids[0], |stored| stored.status == JobStatus::Completed).await;
 }
 
 #[tokio::test]

@@ -15,6 +15,24 @@ use crate::{
     error::{Error, Result},
 };
 
+/// Whose a job is to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RunBy {
+    /// The daemon's, this one or the next.
+    Daemon,
+    /// A command's that works without a daemon; it ends with that.
+    Command,
+}
+
+impl RunBy {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Daemon => "daemon",
+            Self::Command => "command",
+        }
+    }
+}
+
 /// A job as it is kept.
 #[derive(Debug, Clone)]
 pub struct Stored {
@@ -44,6 +62,8 @@ pub struct Stored {
     pub updated_at: Timestamp,
     /// When it ended.
     pub finished_at: Option<Timestamp>,
+    /// Whose it is to run.
+    pub run_by: RunBy,
 }
 
 /// A job to keep.
@@ -76,6 +96,8 @@ pub struct Store {
     connection: Arc<Mutex<Connection>>,
     /// No more jobs than this wait for their turn.
     most_pending: u32,
+    /// Who has it open.
+    own: RunBy,
 }
 
 /// What came of keeping a job.
@@ -91,18 +113,26 @@ enum Inserted {
 const RECEIPTS_KEPT: u32 = 10_000;
 
 const COLUMNS: &str = "id, kind, status, request, record, cancel_requested, attempts, progress, error, \
-                       created_at, started_at, updated_at, finished_at";
+                       created_at, started_at, updated_at, finished_at, run_by";
+/// The jobs that are to be run by `?1`: a daemon runs those of commands too.
+const OWN: &str = "(?1 = 'daemon' OR run_by = ?1)";
 
 impl Store {
     /// Opens the database at `path`.
     pub fn open(path: &Path) -> Result<Self> {
-        Ok(Self { connection: Arc::new(Mutex::new(db::open(path)?)), most_pending: u32::MAX })
+        Ok(Self { connection: Arc::new(Mutex::new(db::open(path)?)), most_pending: u32::MAX, own: RunBy::Daemon })
     }
 
     /// The same, where no more than so many jobs wait for their turn.
     #[must_use]
     pub fn bounded(self, most_pending: u32) -> Self {
         Self { most_pending, ..self }
+    }
+
+    /// The same, opened by this one; else by a daemon.
+    #[must_use]
+    pub fn run_by(self, own: RunBy) -> Self {
+        Self { own, ..self }
     }
 
     /// Runs `work` in one transaction, on a thread that may block.
@@ -137,7 +167,7 @@ impl Store {
         let id = JobId(uuid::Uuid::now_v7());
         let request = new.request.clone();
         let key = new.idempotency_key.clone();
-        let most = self.most_pending;
+        let (most, own) = (self.most_pending, self.own);
         let inserted = self
             .transact(move |t| {
                 if let Some(key) = &new.idempotency_key {
@@ -146,20 +176,21 @@ impl Store {
                         return Ok(Inserted::Known(Box::new(stored)));
                     }
                 }
-                let waiting = count_pending(t)?;
+                let waiting = count_pending(t, own)?;
                 if waiting >= most {
                     return Ok(Inserted::Full(waiting));
                 }
                 t.execute(
-                    "INSERT INTO jobs (id, kind, status, request, exclusive, idempotency_key, created_at, updated_at)
-                     VALUES (?1, ?2, 'pending', ?3, ?4, ?5, ?6, ?6)",
+                    "INSERT INTO jobs (id, kind, status, request, exclusive, idempotency_key, created_at, updated_at, run_by)
+                     VALUES (?1, ?2, 'pending', ?3, ?4, ?5, ?6, ?6, ?7)",
                     params![
                         id.to_string(),
                         new.kind.to_string(),
                         new.request.to_string(),
                         new.exclusive,
                         new.idempotency_key,
-                        now()
+                        now(),
+                        own.name()
                     ],
                 )?;
                 Ok(Inserted::New(Box::new(get(t, id)?.ok_or(rusqlite::Error::QueryReturnedNoRows)?)))
@@ -217,19 +248,45 @@ impl Store {
         .await
     }
 
-    /// The ids and exclusive keys of the jobs that wait for their turn, oldest first.
+    /// The ids and exclusive keys of the own jobs that wait for their turn, oldest first.
     pub async fn pending(&self) -> Result<Vec<(JobId, String)>> {
-        self.transact(|t| {
-            let sql = "SELECT id, exclusive FROM jobs WHERE status = 'pending' ORDER BY id";
+        let own = self.own;
+        self.transact(move |t| {
+            let sql = format!("SELECT id, exclusive FROM jobs WHERE status = 'pending' AND {OWN} ORDER BY id");
             let entry = |row: &Row<'_>| Ok((id_of(row)?, row.get(1)?));
-            t.prepare_cached(sql)?.query_map([], entry)?.collect()
+            t.prepare_cached(&sql)?.query_map([own.name()], entry)?.collect()
         })
         .await
     }
 
-    /// How many jobs wait for their turn.
+    /// The oldest job with this exclusive key that a command has to leave to the daemon.
+    pub async fn left_to_daemon(&self, exclusive: String) -> Result<Option<JobId>> {
+        if self.own == RunBy::Daemon {
+            return Ok(None);
+        }
+        self.transact(move |t| {
+            let sql =
+                "SELECT id FROM jobs WHERE exclusive = ?1 AND status IN ('pending', 'running') AND run_by = 'daemon'
+                       ORDER BY id LIMIT 1";
+            t.query_row(sql, [exclusive], id_of).optional()
+        })
+        .await
+    }
+
+    /// Every job that has not ended is to be run by who has this open.
+    pub async fn take_over(&self) -> Result<()> {
+        let own = self.own;
+        self.transact(move |t| {
+            let sql = "UPDATE jobs SET run_by = ?1 WHERE status IN ('pending', 'running') AND run_by <> ?1";
+            t.execute(sql, [own.name()]).map(drop)
+        })
+        .await
+    }
+
+    /// How many of the own jobs wait for their turn.
     pub async fn count_pending(&self) -> Result<u32> {
-        self.transact(count_pending).await
+        let own = self.own;
+        self.transact(move |t| count_pending(t, own)).await
     }
 
     /// A job begins to run, or to run again.
@@ -327,15 +384,17 @@ impl Store {
         .map(|count| count as usize)
     }
 
-    /// A user wants the job to stop. A pending job ends here; gives the job as it is then.
+    /// A user wants the job to stop. A pending job ends here; another one is to be taken back by who was told. Gives the
+    /// job as it is then.
     pub async fn request_cancel(&self, id: JobId) -> Result<Option<Stored>> {
+        let own = self.own;
         self.transact(move |t| {
             t.execute(
-                "UPDATE jobs SET cancel_requested = 1, updated_at = ?2,
+                "UPDATE jobs SET cancel_requested = 1, updated_at = ?2, run_by = ?3,
                         status = CASE WHEN status = 'pending' AND started_at IS NULL THEN 'cancelled' ELSE status END,
                         finished_at = CASE WHEN status = 'pending' AND started_at IS NULL THEN ?2 ELSE finished_at END
                  WHERE id = ?1 AND status IN ('pending', 'running')",
-                params![id.to_string(), now()],
+                params![id.to_string(), now(), own.name()],
             )?;
             get(t, id)
         })
@@ -418,8 +477,9 @@ fn keep_receipt(transaction: &Transaction<'_>, id: JobId, receipt: &Value) -> ru
         .map(drop)
 }
 
-fn count_pending(transaction: &Transaction<'_>) -> rusqlite::Result<u32> {
-    transaction.prepare_cached("SELECT count(*) FROM jobs WHERE status = 'pending'")?.query_row([], |row| row.get(0))
+fn count_pending(transaction: &Transaction<'_>, own: RunBy) -> rusqlite::Result<u32> {
+    let sql = format!("SELECT count(*) FROM jobs WHERE status = 'pending' AND {OWN}");
+    transaction.prepare_cached(&sql)?.query_row([own.name()], |row| row.get(0))
 }
 
 /// The id in the first column.
@@ -474,119 +534,13 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Stored> {
         started_at: time(10)?,
         updated_at: required(11)?,
         finished_at: time(12)?,
+        run_by: match row.get::<_, String>(13)?.as_str() {
+            "command" => RunBy::Command,
+            _ => RunBy::Daemon,
+        },
     })
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    async fn store() -> (tempfile::TempDir, Store) {
-        let directory = tempfile::tempdir().unwrap();
-        let store = Store::open(&directory.path().join("jobs.db")).unwrap();
-        (directory, store)
-    }
-
-    fn new(volume: &str, key: Option<&str>) -> NewJob {
-        NewJob {
-            kind: JobKind::Provision,
-            request: json!({ "volume": volume }),
-            exclusive: volume.to_owned(),
-            idempotency_key: key.map(str::to_owned),
-        }
-    }
-
-    #[tokio::test]
-    async fn an_idempotency_key_names_one_job() {
-        let (_directory, store) = store().await;
-        let (first, made) = store.insert(new("a", Some("k"))).await.unwrap();
-        assert!(made);
-        assert_eq!(store.insert(new("a", Some("k"))).await.unwrap(), (first, false));
-        assert_eq!(store.insert(new("b", Some("k"))).await.unwrap_err().code(), ErrorCode::IdempotencyConflict);
-        assert_eq!(store.list(Filter { limit: 10, ..Filter::default() }).await.unwrap().len(), 1);
-    }
-
-    #[tokio::test]
-    async fn no_more_jobs_wait_than_may_however_many_come_at_once() {
-        let (_directory, store) = store().await;
-        let store = store.bounded(3);
-        let (first, _) = store.insert(new("v-0", Some("k"))).await.unwrap();
-        let names: Vec<String> = (1..20).map(|number| format!("v-{number}")).collect();
-        let answers = futures::future::join_all(names.iter().map(|name| store.insert(new(name, None)))).await;
-        let refused: Vec<Error> = answers.into_iter().filter_map(Result::err).collect();
-        assert_eq!(refused.len(), 17);
-        assert!(refused.iter().all(|error| error.code() == ErrorCode::QueueFull && error.retryable()));
-        assert_eq!((store.count_pending().await.unwrap(), store.pending().await.unwrap().len()), (3, 3));
-        // What is known is not new, and what runs does not wait.
-        assert_eq!(store.insert(new("v-0", Some("k"))).await.unwrap(), (first, false));
-        store.start(first).await.unwrap();
-        store.insert(new("v-20", None)).await.unwrap();
-    }
-
-    async fn states(store: &Store, id: JobId) -> Vec<String> {
-        let read = store.transact(move |t| {
-            let sql = "SELECT state FROM steps WHERE job_id = ?1 ORDER BY position";
-            t.prepare(sql)?.query_map([id.to_string()], |row| row.get(0))?.collect()
-        });
-        read.await.unwrap()
-    }
-
-    #[tokio::test]
-    async fn a_job_survives_its_store() {
-        let (directory, store) = store().await;
-        let (id, _) = store.insert(new("a", None)).await.unwrap();
-        store.start(id).await.unwrap();
-        store.step(id, 0, "first", "started", json!({"x": 1})).await.unwrap();
-        drop(store);
-        let store = Store::open(&directory.path().join("jobs.db")).unwrap();
-        let job = store.get(id).await.unwrap();
-        assert_eq!((job.status, job.attempts, job.record), (JobStatus::Running, 1, json!({"x": 1})));
-        assert_eq!(store.steps_started(id).await.unwrap(), 1);
-        store.step(id, 1, "second", "started", json!({"x": 2})).await.unwrap();
-        let states = states(&store, id).await;
-        assert_eq!(states, ["done", "started"]);
-        assert_eq!(store.unfinished().await.unwrap().len(), 1);
-    }
-
-    #[tokio::test]
-    async fn the_newest_receipts_of_a_place_come_first() {
-        let (_directory, store) = store().await;
-        for (number, volume) in ["lvm:vg0/a", "lvm:vg1/b", "lvm:vg0/c", "lvm:vg0/a"].into_iter().enumerate() {
-            let (id, _) = store.insert(new(volume, None)).await.unwrap();
-            let record = json!({ "receipt": { "number": number } });
-            store.finish(id, JobStatus::Completed, Progress::queued(), None, record).await.unwrap();
-        }
-        let newest = |limit| store.newest_receipts("lvm:vg0/".to_owned(), limit);
-        assert_eq!(newest(9).await.unwrap(), [json!({ "number": 3 }), json!({ "number": 2 })]);
-        assert_eq!(newest(1).await.unwrap(), [json!({ "number": 3 })]);
-    }
-
-    #[tokio::test]
-    async fn pages_follow_each_other_newest_first() {
-        let (_directory, store) = store().await;
-        let mut ids = Vec::new();
-        for volume in ["a", "b", "c"] {
-            ids.push(store.insert(new(volume, None)).await.unwrap().0);
-        }
-        let first = store.list(Filter { limit: 2, ..Filter::default() }).await.unwrap();
-        assert_eq!(first.iter().map(|job| job.id).collect::<Vec<_>>(), [ids[2], ids[1]]);
-        let second = store.list(Filter { limit: 2, before: Some(ids[1]), ..Filter::default() }).await.unwrap();
-        assert_eq!(second.iter().map(|job| job.id).collect::<Vec<_>>(), [ids[0]]);
-    }
-
-    #[tokio::test]
-    async fn a_pending_job_is_cancelled_at_once_and_old_jobs_are_forgotten() {
-        let (_directory, store) = store().await;
-        let (id, _) = store.insert(new("a", None)).await.unwrap();
-        assert_eq!(store.request_cancel(id).await.unwrap().unwrap().status, JobStatus::Cancelled);
-        let (running, _) = store.insert(new("b", None)).await.unwrap();
-        store.start(running).await.unwrap();
-        let job = store.request_cancel(running).await.unwrap().unwrap();
-        assert_eq!((job.status, job.cancel_requested), (JobStatus::Running, true));
-        assert_eq!(store.prune(0).await.unwrap(), 1);
-        assert_eq!(store.get(id).await.unwrap_err().code(), ErrorCode::JobNotFound);
-        assert!(store.get(running).await.is_ok());
-    }
-}
+#[path = "store_tests.rs"]
+mod tests;

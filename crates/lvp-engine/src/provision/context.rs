@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::{
     admission::{self, Admission},
-    in_use::{find_settled, refuse_in_use, refuse_overwriting},
+    in_use::{find_settled, refuse_overwriting, refuse_unfinished},
     known::{Known, gone, lost_tags, moved_away},
     new_volume::Destination,
     order::{Order, VolumeOrder},
@@ -356,7 +356,7 @@ impl Context {
             };
             match volume {
                 Some(volume) if volume.tags.job == Some(job) => {
-                    refuse_in_use(&volume, libvirt.as_ref())?;
+                    refuse_unfinished(&volume, job, libvirt.as_ref())?;
                     backend.remove(&volume.name)
                 }
                 Some(volume) if was_made => Err(lost_tags(&volume)),

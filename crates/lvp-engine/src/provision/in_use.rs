@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  refuse_in_use        before a volume is removed, read or written
+//!  refuse_unfinished    before a job removes what it made itself and nobody was told of
 //!  refuse_overwriting   before one that was there is written: also a physical volume of LVM in it
 //!  refuse_beside        while this job holds it: before the first byte, and before it says what it holds
 //! ```
@@ -15,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use lvp_api::{ErrorCode, VolumeName};
+use lvp_api::{ErrorCode, JobId, VolumeName};
 use serde_json::Value;
 
 use crate::{
@@ -66,6 +67,27 @@ pub fn users(volume: &Volume, libvirt: Option<&Libvirt>) -> Result<Vec<String>> 
 pub fn refuse_in_use(volume: &Volume, libvirt: Option<&Libvirt>) -> Result<()> {
     let users = users(volume, libvirt)?;
     if users.is_empty() { Ok(()) } else { Err(in_use(volume, "is in use", &users)) }
+}
+
+/// Refuses to let a job remove what it made itself, where something uses that. Blocks.
+///
+/// As long as it is incomplete nobody was told of it, so a libvirt that does not answer does not keep it: of a domain that
+/// runs, the kernel shows the process. At the host's start lvp may well be there before libvirt.
+///
+/// # Errors
+/// As [`refuse_in_use`], for what is complete or another job's.
+pub fn refuse_unfinished(volume: &Volume, job: JobId, libvirt: Option<&Libvirt>) -> Result<()> {
+    match refuse_in_use(volume, libvirt) {
+        Err(error)
+            if error.code() == ErrorCode::LibvirtUnavailable
+                && volume.tags.incomplete
+                && volume.tags.job == Some(job) =>
+        {
+            tracing::warn!(volume = %volume.name, error = %error.chain(), "which domains use it is not known");
+            refuse_in_use(volume, None)
+        }
+        refused => refused,
+    }
 }
 
 /// Refuses a volume that must not be overwritten: something uses it, or it is a physical volume of LVM.

@@ -17,7 +17,7 @@ use lvp_api::DiskFormat;
 use super::{
     admission::{self, Admission},
     context::{Context, damaged_twice},
-    in_use::{find_settled, refuse_in_use, refuse_late_users},
+    in_use::{find_settled, refuse_late_users, refuse_unfinished},
     known::Known,
     plan, sharing,
     transfer::{Transfer, Transferred},
@@ -66,7 +66,7 @@ impl Context {
         let (job, progress, libvirt) = (self.id, self.progress.clone(), self.services.libvirt.clone());
         blocking(move || {
             if let Some(volume) = find_settled(&*backend, &wanted.name)?.filter(|volume| volume.tags.job == Some(job)) {
-                refuse_in_use(&volume, libvirt.as_ref())?;
+                refuse_unfinished(&volume, job, libvirt.as_ref())?;
                 backend.remove(&wanted.name)?;
             }
             progress.check()

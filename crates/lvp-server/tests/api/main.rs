@@ -13,6 +13,7 @@ mod cancel;
 mod compressed;
 mod defects;
 mod golden;
+mod host_faults;
 mod images;
 mod jobs;
 mod leftovers;

@@ -25,13 +25,14 @@ pub async fn run(connection: &Connection, command: cli::Job, output: Output) -> 
             let job = watch(connection, id, output, false).await?;
             return end(&job, output);
         }
-        // Without a daemon the job ended with the process that ran it, and was just now taken back.
-        cli::Job::Cancel { id } if connection.is_local() => {
-            output::print(&client.job(id).await?, output, |job| format!("job {} {}", job.job_id, job.status))?;
-        }
         cli::Job::Cancel { id } => {
-            client.cancel(id).await?;
-            let job = watch(connection, id, output, false).await?;
+            match client.cancel(id).await {
+                // Without a daemon a command's job ended with its process, and was just now taken back.
+                Err(error) if connection.is_local() && error.error == ErrorCode::JobFinished => {}
+                cancelled => drop(cancelled?),
+            }
+            // Without a daemon the job is taken back in this process, which stays for that.
+            let job = watch(connection, id, output, connection.is_local()).await?;
             output::print(&job, output, |job| format!("job {} {}", job.job_id, job.status))?;
         }
     }

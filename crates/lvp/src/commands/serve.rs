@@ -4,23 +4,25 @@
 use std::process::ExitCode;
 
 use lvp_engine::{Engine, Error, Recovery};
-use lvp_server::listen;
+use lvp_server::{Limits, listen};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::watch,
 };
 
 use super::Outcome;
-use crate::{config::Config, connection::body};
+use crate::{config::Config, connection::body, open_files};
 
 /// Runs the command.
 pub async fn run(config: &Config) -> Outcome {
     let addresses = config.addresses().map_err(body)?;
     listen::check(&addresses).map_err(body)?;
-    let limits = config.limits().map_err(body)?;
+    let (settings, wanted) = (config.engine(Recovery::Resume).map_err(body)?, config.limits().map_err(body)?);
+    let connections = open_files::connections(wanted.connections, settings.max_concurrent_jobs, open_files::raise());
+    let limits = Limits::of_connections(connections);
     // From here on a signal is a wish to stop, not the end in the middle of a step.
     let mut signals = StopSignals::listen().map_err(body)?;
-    let engine = Engine::open(config.engine(Recovery::Resume).map_err(body)?).await.map_err(body)?;
+    let engine = Engine::open(settings).await.map_err(body)?;
     let listeners = listen::bind(&addresses).await.map_err(body)?;
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),

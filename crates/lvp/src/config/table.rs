@@ -59,7 +59,7 @@ pub const SETTINGS: &[Setting] = &[
         "max_connections",
         &["LVP_MAX_CONNECTIONS"],
         Some("1024"),
-        "Connections open at once, over TCP and as many over the socket; half as many may follow a job's events",
+        "Connections open at once, over TCP and as many over the socket, as far as the limit of open files allows; half as many may follow a job's events",
     ),
     setting("minio.endpoint", &["MINIO_ENDPOINT"], None, "The object store: scheme, host and port"),
     setting("minio.access_key", &["MINIO_ACCESS_KEY", "MINIO_ACCESS_KEY_ID"], None, "Its access key").secret(),

@@ -110,9 +110,24 @@ impl Bed {
 
     /// As [`Bed::serve`], with these variables too.
     pub fn serve_with(&self, environment: &[(&str, &str)]) -> Process {
-        let log = fs::File::create(self.path("log")).unwrap();
         let mut command = self.command(&["serve"]);
-        let child = command.env("LOG_LEVEL", "trace").envs(environment.iter().copied()).stderr(log).spawn().unwrap();
+        command.envs(environment.iter().copied());
+        self.begin(command)
+    }
+
+    /// As [`Bed::serve`], begun by a shell that did this before.
+    pub fn serve_after(&self, script: &str) -> Process {
+        let daemon = self.command(&[]);
+        let mut shell = Command::new("bash");
+        shell.args(["-c", &format!("{script}; exec {} serve", env!("CARGO_BIN_EXE_lvp"))]);
+        shell.env_clear().current_dir(self.root.path()).stdin(Stdio::null());
+        shell.envs(daemon.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        self.begin(shell)
+    }
+
+    fn begin(&self, mut command: Command) -> Process {
+        let log = fs::File::create(self.path("log")).unwrap();
+        let child = command.env("LOG_LEVEL", "trace").stderr(log).spawn().unwrap();
         let mut daemon = Process(child);
         let begun = Instant::now();
         while UnixStream::connect(self.socket()).is_err() {

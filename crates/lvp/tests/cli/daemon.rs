@@ -3,13 +3,15 @@
 use std::{
     fs,
     io::{BufRead, BufReader},
-    os::unix::fs::PermissionsExt,
+    net::TcpStream,
+    os::unix::{fs::PermissionsExt, net::UnixStream},
     path::Path,
     process::Stdio,
     time::Duration,
 };
 
 use e2e::{
+    gate::Gate,
     images,
     server::{Page, Server},
 };
@@ -132,6 +134,89 @@ fn a_stopped_daemon_leaves_a_running_job_to_the_next() {
     assert_eq!(bed.lvp(&["job", "watch", &id, "-o", "json"]).exits(0).json()["status"], "completed");
     let content = fs::read(bed.volume("web-1")).unwrap();
     assert!(content.len() as u64 == 64 * MIB && content.iter().all(|byte| *byte == 7));
+}
+
+#[test]
+fn a_command_between_two_daemons_leaves_their_jobs_to_them() {
+    let bed = Bed::new();
+    let web = Server::start();
+    bed.publish("good.qcow2");
+    let images = ["/one.qcow2", "/two.qcow2", "/three.qcow2"];
+    // Never opened: each stops short of its end.
+    let gate = Gate::default();
+    images.iter().for_each(|path| web.serve(path, page().hold(400_000, &gate)));
+    let mut daemon = bed.serve();
+    let submit = |(path, volume): (&&str, &str)| {
+        let words = ["provision", &web.url(path), volume, "--size", "64M", "--detach"];
+        bed.lvp(&words).exits(0).stdout.trim().to_owned()
+    };
+    let ids: Vec<String> = images.iter().zip(["web-1", "web-2", "web-3"]).map(submit).collect();
+    // Two are under way, one waits.
+    until(|| bed.volume("web-1").exists() && bed.volume("web-2").exists());
+    daemon.signal("TERM");
+    until(|| bed.log().contains("waiting for running jobs to end"));
+    daemon.signal("TERM");
+    assert!(daemon.ends_within(SOON).success());
+
+    bed.lvp(&["provision", "s3://images/good.qcow2", "own", "--size", "8M"]).exits(0);
+    bed.lvp(&["image", "prefetch", "s3://images/good.qcow2"]).exits(0);
+    let again = ["provision", "s3://images/good.qcow2", "web-1", "--size", "64M"];
+    for words in [&again[..], &[&again[..], &["--dry-run"]].concat(), &["volume", "delete", "web-1", "--force"]] {
+        let refused = bed.lvp(words).exits(4).stderr;
+        assert!(refused.contains("volume_in_use") && refused.contains(&ids[0]), "{refused}");
+        assert!(refused.contains(&format!("lvp job cancel {}", ids[0])), "{refused}");
+    }
+    let cancelled = bed.lvp(&["job", "cancel", &ids[1]]).exits(0);
+    assert!(cancelled.stdout.contains("cancelled") && !bed.volume("web-2").exists(), "{cancelled:?}");
+    for id in [&ids[0], &ids[2]] {
+        assert_eq!(bed.lvp(&["job", "show", id, "-o", "json"]).exits(0).json()["status"], "pending");
+    }
+
+    images.iter().for_each(|path| web.serve(path, page()));
+    let _daemon = bed.serve();
+    for (id, status) in ids.iter().zip(["completed", "cancelled", "completed"]) {
+        let watched = bed.lvp(&["job", "watch", id, "-o", "json"]);
+        assert_eq!(watched.json()["status"], status, "{watched:?}");
+    }
+    for volume in ["web-1", "web-3"] {
+        let content = fs::read(bed.volume(volume)).unwrap();
+        assert!(content.len() as u64 == 64 * MIB && content.iter().all(|byte| *byte == 7), "{volume}");
+    }
+}
+
+/// How many files a process has open.
+fn open_files(process: &Process) -> usize {
+    fs::read_dir(format!("/proc/{}/fd", process.0.id())).unwrap().count()
+}
+
+#[test]
+fn connections_leave_the_files_that_jobs_need() {
+    let bed = Bed::new();
+    let image = bed.publish("good.qcow2");
+    let daemon = bed.serve_after("ulimit -n 256");
+    let log = bed.log();
+    assert!(log.contains("fewer connections are taken than max_connections says"), "{log}");
+    let line = log.lines().find(|line| line.contains("\"serving\"")).unwrap();
+    let serving: Value = serde_json::from_str(line).unwrap();
+    let address = serving["address"].as_str().unwrap();
+    // More than there may be files; the kernel keeps those that the daemon does not take, 128 at least.
+    let idle: Vec<TcpStream> = (0..180).map(|_| TcpStream::connect(address).unwrap()).collect();
+    let also_idle: Vec<UnixStream> = (0..60).map(|_| UnixStream::connect(bed.socket()).unwrap()).collect();
+    until(|| open_files(&daemon) > 64 + also_idle.len());
+    bed.lvp(&["provision", "s3://images/good.qcow2", "web-1", "--size", "8M"]).exits(0);
+    bed.assert_holds("web-1", &image);
+    assert!(!bed.log().contains("could not be accepted"), "it ran out of files");
+    drop((idle, also_idle));
+}
+
+#[test]
+fn the_daemon_takes_the_files_that_it_may_have() {
+    let bed = Bed::new();
+    let daemon = bed.serve_after("ulimit -S -n 256; ulimit -H -n 4000");
+    let limits = fs::read_to_string(format!("/proc/{}/limits", daemon.0.id())).unwrap();
+    let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    assert_eq!(line.split_whitespace().nth(3), Some("4000"), "{line}");
+    assert!(!bed.log().contains("fewer connections"));
 }
 
 #[test]

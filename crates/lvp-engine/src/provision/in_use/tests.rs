@@ -220,3 +220,23 @@ fn who_comes_to_a_volume_that_is_held_is_found_at_the_end() {
         format!("came into use while it was written, and is not noted as holding the image: process {}", holder.0.id());
     assert!(error.to_string().contains(&said), "{error:?}");
 }
+
+#[test]
+fn without_libvirt_a_job_removes_only_what_it_has_not_finished_and_the_kernel_sees_nobody_use() {
+    let directory = tempfile::tempdir().unwrap();
+    let gone = Libvirt::new("test:///nonexistent/node.xml");
+    let (job, other) = (JobId(uuid::Uuid::now_v7()), JobId(uuid::Uuid::now_v7()));
+    let mut volume = volume(&file(directory.path(), "web.raw"));
+    volume.tags = Tags { made_by_lvp: true, job: Some(job), image: None, incomplete: true };
+    refuse_unfinished(&volume, job, Some(&gone)).unwrap();
+    let unknown = |volume: &Volume, job| refuse_unfinished(volume, job, Some(&gone)).unwrap_err().code();
+    assert_eq!(unknown(&volume, other), ErrorCode::LibvirtUnavailable);
+    let complete = Volume { tags: Tags { incomplete: false, ..volume.tags.clone() }, ..volume.clone() };
+    assert_eq!(unknown(&complete, job), ErrorCode::LibvirtUnavailable);
+    // A libvirt that is there is asked, and so is the kernel without it.
+    let on = libvirt(directory.path(), PAUSED, &disk("file", "file", &volume.path, "raw"));
+    assert_eq!(refuse_unfinished(&volume, job, Some(&on)).unwrap_err().code(), ErrorCode::VolumeInUse);
+    let opened = File::open(&volume.path).unwrap();
+    let _holder = Holder(Command::new("sleep").arg("60").stdin(opened).spawn().unwrap());
+    assert_eq!(unknown(&volume, job), ErrorCode::VolumeInUse);
+}
