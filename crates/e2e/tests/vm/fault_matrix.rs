@@ -98,7 +98,7 @@ const EMPTY_BASES: &str = "lvs --noheadings --options lv_name vg0 | tr -d ' ' |
 const POOL: &str = "mkdir cache; virsh --quiet pool-info images >/dev/null 2>&1 ||
     { virsh --quiet pool-define-as images dir --target $PWD/cache; virsh --quiet pool-start images; }";
 /// A cell of so many is run where not all are: in the test machine, and on this one.
-const ONE_OF: [usize; 2] = [48, 4];
+const ONE_OF: [usize; 2] = [64, 4];
 /// Points that no kind of file passes: they meet one way in each kind of volume that does.
 const ONLY_IN_THE_MACHINE: &[&str] = &["base.cloned"];
 /// Every point that some kind of volume passed in this run, and how many kinds were run.

@@ -66,8 +66,13 @@ const SUBJECTS: &[(&str, &[Scenario])] = &[
     ("fault_soak", fault_soak::SCENARIOS),
 ];
 
-/// Those that `make faults` runs and nobody else: they take minutes, and what they show others show in part.
+/// Those that `make faults` runs and CI does not: they take long, and what they show others show in part, or tests without the
+/// machine.
 const LONG: &[&str] = &[
+    "source::a_store_that_restarts_during_the_download_is_no_failure",
+    "interruption::a_killed_job_resumes_and_completes",
+    "interruption::a_killed_job_on_a_reused_volume_resumes_and_completes",
+    "cache::ten_requests_for_one_image_are_one_download",
     "fault_storage::a_write_error_on_the_last_block_leaves_nothing",
     "fault_storage::an_error_of_the_last_flush_leaves_nothing",
     "fault_storage::a_slow_device_only_takes_its_time",
@@ -81,6 +86,11 @@ const LONG: &[&str] = &[
     "fault_lvm::a_thin_pool_that_waits_for_space_ends_the_job_and_not_the_daemon",
     "fault_lvm::an_lvcreate_that_hangs_is_ended_and_its_volume_removed",
     "fault_lvm::devices_that_appear_late_are_no_failure_and_without_udev_nothing_is_left",
+    "fault_lvm::two_daemons_on_one_group_leave_each_others_volumes_alone",
+    "fault_people::lvm_does_not_remove_a_volume_that_is_written",
+    "fault_people::a_new_volume_that_is_renamed_under_its_job_is_removed",
+    "fault_people::a_reused_volume_that_is_renamed_under_its_job_is_kept",
+    "fault_host::a_binary_replaced_in_the_middle_of_jobs_loses_none",
     "fault_host::a_libvirt_that_hangs_ends_the_job_and_not_the_daemon",
     "fault_host::a_libvirt_that_restarts_is_no_failure",
     "fault_host::a_clock_that_is_set_changes_nothing",
@@ -130,6 +140,8 @@ fn main() -> ExitCode {
     for (subject, scenarios) in SUBJECTS {
         trials.extend(scenarios.iter().map(|(name, scenario)| trial(format!("{subject}::{name}"), *scenario, &worlds)));
     }
+    let unknown: Vec<_> = LONG.iter().filter(|name| !trials.iter().any(|trial| trial.name() == **name)).collect();
+    assert!(unknown.is_empty(), "no scenario has these names: {unknown:?}");
     let conclusion = libtest_mimic::run(&arguments, trials);
     // Ends the machines and their MinIO: nothing else holds them now.
     drop(worlds);

@@ -122,8 +122,8 @@ pub const SETTINGS: &[Setting] = &[
         "io_pressure_limit",
         &["LVP_IO_PRESSURE_LIMIT"],
         None,
-        "Percent of the time in which the host's guests may wait for their disks before jobs go slower, such as 20; not set: jobs \
-         do not heed it",
+        "Percent of the time in which the host's guests may wait for their disks (those with `io='threads'`) before jobs go slower, \
+         such as 20; not set: jobs do not heed it",
     ),
     setting(
         "io_pressure_file",
