@@ -90,11 +90,7 @@ impl Engine {
     /// `state_locked` when another process has the state or the cache; `database_unavailable`; anything that the
     /// directories' file systems say. A target or libvirt that is not usable is no error here: health tells.
     pub async fn open(settings: EngineSettings) -> Result<Self> {
-        let state = settings.state_directory.clone();
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&state).map_err(|error| {
-            Error::io("creating", &state, error).hint("set LVP_STATE_DIR to a directory that this user may write to")
-        })?;
-        let lock = Lock::acquire(&state.join("lock"), &format!("the state directory {}", state.display()))?;
+        let lock = lock_state(&settings.state_directory)?;
         let database = settings.database();
         let recorded_in = database.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let own = if settings.recovery == Recovery::Resume { RunBy::Daemon } else { RunBy::Command };
@@ -128,12 +124,7 @@ impl Engine {
             ledger,
             keeping: Keeping { thin_floor: settings.thin_floor, database: recorded_in.to_owned() },
         });
-        let for_jobs = Arc::clone(&services);
-        let execution = Execution {
-            context: Box::new(move |stored, progress| Context::new(Arc::clone(&for_jobs), stored, progress)),
-            steps: provision::steps,
-            record: Context::record,
-        };
+        let execution = execution(Arc::clone(&services));
         let runner = Runner::new(store.clone(), execution, settings.max_concurrent_jobs, settings.job_history);
         runner.begin(settings.recovery).await?;
         // Only a daemon is there for long enough to look after what others left.
@@ -458,6 +449,23 @@ impl Engine {
             () = hurry => {}
         }
         self.inner.runner.shutdown(SHUTDOWN_PATIENCE).await;
+    }
+}
+
+/// Makes the state directory, where there is none, and holds it against other processes.
+fn lock_state(state: &Path) -> Result<Lock> {
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(state).map_err(|error| {
+        Error::io("creating", state, error).hint("set LVP_STATE_DIR to a directory that this user may write to")
+    })?;
+    Lock::acquire(&state.join("lock"), &format!("the state directory {}", state.display()))
+}
+
+/// How the runner runs provisions.
+fn execution(services: Arc<Services>) -> Execution<Context> {
+    Execution {
+        context: Box::new(move |stored, progress| Context::new(Arc::clone(&services), stored, progress)),
+        steps: provision::steps,
+        record: Context::record,
     }
 }
 
