@@ -83,7 +83,6 @@ fn a_copy_goes_slower_while_guests_wait(world: &World) -> Result<()> {
         polite > rude && slow > fast,
         "the guest had {rude:.2} and {polite:.2}, the copies {fast:.0} s and {slow:.0} s"
     );
-    // When the guest is gone, copies go as fast as they can again.
     drop(guest);
     world.unthrottle()?;
     world.expect_image("/dev/vg0/polite", &world.large)

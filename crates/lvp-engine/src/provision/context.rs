@@ -417,7 +417,9 @@ impl Context {
     /// What the volume is called now, where somebody renamed it and that can be seen.
     async fn renamed(&self) -> Option<VolumeName> {
         let (known, (backend, _)) = (self.known.clone()?, self.backend().ok()?);
-        let renamed = blocking(move || known.find_renamed(&*backend)).await.ok()?;
+        // Where its name still leads to it, as nearly always, nothing is listed: that takes a while, in which it is held.
+        let renamed = blocking(move || if known.check().is_ok() { Ok(None) } else { known.find_renamed(&*backend) });
+        let renamed = renamed.await.ok()?;
         renamed.map(|volume| volume.name)
     }
 
