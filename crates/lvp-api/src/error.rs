@@ -176,7 +176,7 @@ error_codes! {
     DaemonUnreachable = "daemon_unreachable", 503, UNAVAILABLE, true;
     /// The job was cancelled.
     Cancelled = "cancelled", 409, CANCELLED, false;
-    /// The job was interrupted more often than it is resumed.
+    /// The process that ran the job ended before it, and the job is not resumed.
     Interrupted = "interrupted", 500, INTERNAL, true;
     /// A program of the host failed.
     CommandFailed = "command_failed", 500, INTERNAL, true;

@@ -343,9 +343,11 @@ impl Engine {
     /// Checks a volume against its receipt; one at a time, and no longer than somebody waits for it.
     pub async fn verify_volume(&self, name: &str, target: Option<&str>, caller: Caller) -> Result<VolumeVerification> {
         let (name, target) = (volume_name(name)?, self.target(target, caller)?);
-        let receipt = self.receipt(&target, &name).await?;
         self.refuse_held(&name, &target).await?;
         let _turn = self.inner.verifying.lock().await;
+        // From here on no job changes what is compared: neither the volume nor its receipt.
+        let _held = self.inner.runner.hold(&target.exclusive_key(&name), &format!("volume {name}")).await?;
+        let receipt = self.receipt(&target, &name).await?;
         let progress = Progress::default();
         let _ends_with_the_caller = StopOnDrop(progress.clone());
         let format = target.format;

@@ -6,7 +6,7 @@
 //!  row 4   engine doctor             Engine: the only door for front ends; the examination of a host
 //!  row 3   settings health bench     what it is told, what it tells of itself; what benchmarks measure beside it
 //!  row 2   provision                 the use case as a list of steps: where the siblings below meet
-//!  row 1   image format volume job   sources and cache · readers and copy · backends · queue, runner, store
+//!  row 1   image format volume job   sources and cache · readers and copy · backends · queue, runner, steps, store
 //!  row 1   courtesy                  slower while guests wait for their disks
 //!  row 0   watermark zero            how far a file is good; whether bytes are zero
 //!  row 0   qcow2_file                qcow2 files that lvp makes, and which file below one names

@@ -6,7 +6,7 @@ use std::time::Instant;
 use axum::{
     Extension, Router,
     extract::{DefaultBodyLimit, MatchedPath, Request},
-    http::{HeaderName, HeaderValue, header},
+    http::{HeaderName, HeaderValue, Method, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
@@ -38,6 +38,12 @@ pub fn apply(router: Router, limits: Limits) -> Router {
         .layer(middleware::from_fn(identify))
 }
 
+/// A method by its name, if it is one of RFC 9110 or RFC 5789: any other word is one, too, and each would be a series of its own.
+fn known(method: &Method) -> &'static str {
+    const KNOWN: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"];
+    KNOWN.into_iter().find(|name| method == name).unwrap_or("other")
+}
+
 async fn identify(request: Request, next: Next) -> Response {
     let id = request
         .headers()
@@ -45,14 +51,14 @@ async fn identify(request: Request, next: Next) -> Response {
         .and_then(|value| value.to_str().ok())
         .filter(|id| (1..=LONGEST_ID).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic()))
         .map_or_else(|| uuid::Uuid::new_v4().to_string(), str::to_owned);
-    let method = request.method().clone();
+    let method = known(request.method());
     let endpoint = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned();
-    let span = tracing::info_span!("request", %method, endpoint, request_id = id);
+    let span = tracing::info_span!("request", method, endpoint, request_id = id);
     let begun = Instant::now();
     let response = next.run(request).instrument(span.clone()).await;
     let mut response = complete(response, &id);
     let status = response.status().as_u16();
-    metrics::request_answered(&endpoint, method.as_str(), status);
+    metrics::request_answered(&endpoint, method, status);
     span.in_scope(|| tracing::info!(status, milliseconds = begun.elapsed().as_millis() as u64, "answered"));
     if let Ok(value) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(REQUEST_ID, value);

@@ -16,7 +16,8 @@ pub struct Limits {
     pub connections: usize,
     /// Streams of events that are open at once; more are refused.
     pub followers: usize,
-    /// A client has this long to send the head of a request, and as long again for its body.
+    /// A client has this long to send the head of a request, as long again for its body, and over TCP may take nothing of an
+    /// answer for as long.
     pub patience: Duration,
 }
 

@@ -26,6 +26,7 @@ use hyper_util::{
 };
 use lvp_api::ErrorCode;
 use lvp_engine::{Caller, Error};
+use rustix::net::sockopt::set_tcp_user_timeout;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
@@ -155,6 +156,7 @@ pub async fn serve(listeners: Listeners, router: Router, limits: Limits, mut sto
         tokio::select! {
             _ = stop.wait_for(|stop| *stop) => break,
             (stream, slot) = accept_tcp(listeners.tcp.as_ref(), &tcp_slots) => {
+                end_when_nothing_is_taken(&stream, limits.patience);
                 connect(stream, &over_tcp, limits, slot, &graceful);
             }
             (stream, slot) = accept_unix(listeners.unix.as_ref(), &unix_slots) => {
@@ -174,6 +176,15 @@ pub async fn serve(listeners: Listeners, router: Router, limits: Limits, mut sto
 async fn accept_tcp(listener: Option<&TcpListener>, slots: &Arc<Semaphore>) -> (TcpStream, OwnedSemaphorePermit) {
     let Some(listener) = listener else { return std::future::pending().await };
     accept(slots, || async { listener.accept().await.map(|(stream, _)| stream) }).await
+}
+
+/// Has the kernel end a connection whose client takes nothing of what was sent for so long: it is gone, or does not read
+/// (`TCP_USER_TIMEOUT` of tcp(7)). Who uses the Unix socket may let an answer wait: it is the administrator.
+fn end_when_nothing_is_taken(stream: &TcpStream, patience: Duration) {
+    let milliseconds = u32::try_from(patience.as_millis()).unwrap_or(u32::MAX);
+    if let Err(error) = set_tcp_user_timeout(stream, milliseconds) {
+        tracing::debug!(%error, "a client that does not read is waited for");
+    }
 }
 
 async fn accept_unix(
@@ -220,7 +231,10 @@ fn connect(
     });
     let mut builder = Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(limits.patience).max_buf_size(LONGEST_HEAD);
-    builder.http2().timer(TokioTimer::new()).max_concurrent_streams(STREAMS);
+    let mut http2 = builder.http2();
+    http2.timer(TokioTimer::new()).max_concurrent_streams(STREAMS);
+    // Nothing else finds out that the client of a connection without requests is gone.
+    http2.keep_alive_interval(limits.patience).keep_alive_timeout(limits.patience);
     let connection = graceful.watch(builder.serve_connection(TokioIo::new(stream), service).into_owned());
     tokio::spawn(async move {
         let _slot = slot;

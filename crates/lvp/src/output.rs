@@ -7,6 +7,7 @@ use comfy_table::{ContentArrangement, Table, presets::NOTHING};
 use jiff::{Timestamp, tz::TimeZone};
 use lvp_api::{ErrorBody, ErrorCode};
 use serde::Serialize;
+use serde_json::{Map, Value};
 
 use crate::cli::Output;
 
@@ -45,11 +46,14 @@ pub fn print_error(error: &ErrorBody, output: Output) {
             if let Some(hint) = &error.hint {
                 eprintln!("hint: {hint}");
             }
-            for left in error.details.get("not_undone").and_then(|value| value.as_array()).into_iter().flatten() {
-                eprintln!("left: {}", left.as_str().unwrap_or_default());
-            }
+            left(&error.details).for_each(|left| eprintln!("left: {left}"));
         }
     }
+}
+
+/// What a job could not take back, as the details of its error say.
+pub fn left(details: &Map<String, Value>) -> impl Iterator<Item = &str> {
+    details.get("not_undone").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str)
 }
 
 /// Rows with a head, aligned, without lines. With no rows: `nothing`.

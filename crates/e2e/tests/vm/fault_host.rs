@@ -53,12 +53,25 @@ fn a_libvirt_that_hangs_ends_the_job(world: &World) -> Result<()> {
     let before = world.content("web")?;
     world.vm.run_ok("systemctl kill --signal=STOP libvirtd.service")?;
     let ended = daemon.provision(&request(world, "web")?).and_then(|id| daemon.job_ended(&id, JOB));
+    let asked = asked_often(world, &daemon);
     world.vm.run_ok("systemctl kill --signal=CONT libvirtd.service")?;
+    let (before_it, after_it) = asked?;
+    ensure!(after_it <= before_it + 8, "descriptors of who is asked often: {before_it}, then {after_it}");
     let job = ended?;
     ensure!(job["error_code"] == "libvirt_unavailable" && job["retryable"] == true, "{job:#}");
     ensure!(world.content("web")? == before, "the volume was touched");
     daemon.completed(&request(world, "web")?)?;
     world.expect_image("/dev/vg0/web", &world.small)
+}
+
+/// How many descriptors the daemon has before many ask at once whether it is well, and after.
+fn asked_often(world: &World, daemon: &Product<'_>) -> Result<(usize, usize)> {
+    let count =
+        || -> Result<usize> { Ok(world.vm.run_ok("ls /proc/$(pgrep --exact lvp)/fd | wc -l")?.trim().parse()?) };
+    let before = count()?;
+    let ask = format!("curl --silent --output /dev/null --max-time 50 {} || true", daemon.url("/health"));
+    world.vm.run_ok_within(JOB, &format!("for number in $(seq 24); do ({ask}) & done; wait"))?;
+    Ok((before, count()?))
 }
 
 fn a_libvirt_that_restarts_is_no_failure(world: &World) -> Result<()> {

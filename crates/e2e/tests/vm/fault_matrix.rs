@@ -22,7 +22,7 @@ use e2e::{
     bed::{World, faulty_binary, target_directory},
     cell::{Action, Facts, Here, Place, Ran, Shell},
     fixture::Fixture,
-    images::run,
+    images::{MountedFileSystem, run},
     verdict::{Promise, Verdict, judge},
 };
 use serde_json::{Value, json};
@@ -35,9 +35,12 @@ pub const SCENARIOS: &[Scenario] = &[
     ("a_new_thin_volume_is_complete_or_was_never_there", |world| matrix(world, &THIN)),
     ("a_clone_of_a_base_is_complete_or_was_never_there", |world| matrix(world, &CLONE)),
     ("a_reused_volume_is_complete_or_said_not_to_be", |world| matrix(world, &REUSED)),
+    ("a_reused_thin_volume_is_complete_or_said_not_to_be", |world| matrix(world, &REUSED_THIN)),
     ("a_new_file_is_complete_or_was_never_there", |world| matrix(world, &FILE)),
     ("a_reused_file_is_complete_or_said_not_to_be", |world| matrix(world, &REUSED_FILE)),
     ("a_file_of_a_cached_image_is_complete_or_was_never_there", |world| matrix(world, &CACHED)),
+    ("a_file_and_its_base_are_complete_or_were_never_there", |world| matrix(world, &REFLINK)),
+    ("a_file_of_a_base_is_complete_or_was_never_there", |world| matrix(world, &REFLINK_OF_BASE)),
     ("a_qcow2_file_is_complete_or_was_never_there", |world| matrix(world, &QCOW2)),
     ("a_linked_file_is_complete_or_was_never_there", |world| matrix(world, &LINKED)),
 ];
@@ -50,10 +53,12 @@ struct Kind {
     volume: &'static str,
     /// Whether it is in the test machine; else on this one.
     in_machine: bool,
-    /// Whether the base of the image is there before.
+    /// Whether the place is a file system of its own whose files share blocks, so that there are bases.
+    shares_blocks: bool,
+    /// Whether the group has the base of the image before.
     has_base: bool,
-    /// Whether the image is in the cache before.
-    has_image: bool,
+    /// What is there before of the files that an earlier job left in the place's directory, as a pattern.
+    keeps: &'static str,
     /// What makes the volume that is there before, in the place's directory.
     prepare: &'static str,
 }
@@ -63,8 +68,9 @@ const THICK: Kind = Kind {
     target: "default",
     volume: "volume web",
     in_machine: true,
+    shares_blocks: false,
     has_base: false,
-    has_image: false,
+    keeps: "",
     prepare: "",
 };
 const THIN: Kind = Kind { name: "thin", target: "thin", ..THICK };
@@ -76,6 +82,13 @@ const REUSED: Kind = Kind {
         udevadm settle",
     ..THICK
 };
+const REUSED_THIN: Kind = Kind {
+    name: "reused thin",
+    prepare: r"lvcreate --yes --quiet --virtualsize 20M --thinpool pool0 --name web --addtag backup vg0 >/dev/null
+        head --bytes=20M /dev/zero | tr '\0' '\252' | dd of=/dev/vg0/web bs=1M iflag=fullblock conv=fsync status=none
+        udevadm settle",
+    ..THIN
+};
 const FILE: Kind = Kind { name: "file", target: "files", volume: "file volumes/web.raw", in_machine: false, ..THICK };
 const REUSED_FILE: Kind = Kind {
     name: "reused file",
@@ -83,7 +96,9 @@ const REUSED_FILE: Kind = Kind {
         setfattr --name=user.own --value=backup volumes/web.raw",
     ..FILE
 };
-const CACHED: Kind = Kind { name: "file of a cached image", has_image: true, ..FILE };
+const CACHED: Kind = Kind { name: "file of a cached image", keeps: "cache", ..FILE };
+const REFLINK: Kind = Kind { name: "reflink", shares_blocks: true, ..FILE };
+const REFLINK_OF_BASE: Kind = Kind { name: "reflink of a base", keeps: "volumes/.lvp-*.base", ..REFLINK };
 const QCOW2: Kind = Kind { name: "qcow2 file", target: "qcow2", volume: "file qcow2/web.qcow2", ..FILE };
 const LINKED: Kind = Kind { name: "linked", target: "linked", volume: "file linked/web.qcow2", ..FILE };
 
@@ -163,7 +178,11 @@ fn matrix(world: &World, kind: &Kind) -> Result<()> {
     let image = Fixture::qcow2("broken", 16, 6)?;
     let here = Here;
     let directory = tempfile::tempdir()?;
-    let mut matrix = Matrix::new(world, kind, &image, &here, directory.path())?;
+    let mounted =
+        kind.shares_blocks.then(|| MountedFileSystem::make(512 << 20, &["mkfs.xfs", "-q", "-m", "reflink=1"]));
+    let mounted = mounted.transpose()?;
+    let directory = mounted.as_ref().map_or(directory.path(), |mounted| &mounted.path);
+    let mut matrix = Matrix::new(world, kind, &image, &here, directory)?;
     let passed = matrix.undisturbed()?;
     let cells = matrix.cells(&passed);
     for (faults, point, action) in &cells {
@@ -224,7 +243,7 @@ impl<'a> Matrix<'a> {
 
     /// Whether an earlier job has left something that this kind of volume begins with.
     fn has_before(&self) -> bool {
-        self.kind.has_base || self.kind.has_image
+        self.kind.has_base || !self.kind.keeps.is_empty()
     }
 
     /// Makes the world as it is before a cell, maybe with what an earlier job left.
@@ -236,8 +255,8 @@ impl<'a> Matrix<'a> {
         };
         self.place.reset(&self.configuration(), &script)?;
         let pool = if self.kind.in_machine { POOL } else { "" };
-        let cache = if self.kind.has_image && with_before { "cp -a $PWD.kept cache" } else { "" };
-        self.place.shell(&format!("cd {}\n{pool}\n{cache}\n{}", self.place.directory(), self.kind.prepare)).map(drop)
+        let kept = if with_before && !self.kind.keeps.is_empty() { "cp -a $PWD.kept/. ." } else { "" };
+        self.place.shell(&format!("cd {}\n{pool}\n{kept}\n{}", self.place.directory(), self.kind.prepare)).map(drop)
     }
 
     /// Runs the job without a fault; gives the points that it passes.
@@ -246,7 +265,9 @@ impl<'a> Matrix<'a> {
             self.reset(false)?;
             let ran = self.place.run(&self.request, "", "none", None)?;
             ensure!(ran.job["status"] == "completed", "{:#}", ran.job);
-            self.place.shell(&format!("cd {}; rm -rf $PWD.kept; cp -a cache $PWD.kept", self.place.directory()))?;
+            let keep = format!("rm -rf $PWD.kept; mkdir $PWD.kept; cp -a --parents {} $PWD.kept", self.kind.keeps);
+            let keep = if self.kind.keeps.is_empty() { "" } else { &keep };
+            self.place.shell(&format!("cd {}; {keep}", self.place.directory()))?;
         }
         self.reset(self.has_before())?;
         let before = self.place.audit()?;

@@ -6,12 +6,17 @@ use std::{
     ffi::{OsStr, OsString},
     io::Read,
     os::unix::process::{CommandExt, ExitStatusExt},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{self, Receiver},
+    },
     thread,
     time::{Duration, Instant},
 };
 
 use lvp_api::ErrorCode;
+use rustix::process::{Pid, Signal, kill_process_group};
 
 use crate::error::{Error, Result};
 
@@ -21,6 +26,8 @@ const STDERR_KEPT: usize = 1024;
 const SIGNAL: &str = "signal";
 /// How often a running program is looked at.
 const POLL: Duration = Duration::from_millis(5);
+/// What a program printed is there when it has ended, unless it left something behind that may print for ever.
+const LAST_WORDS: Duration = Duration::from_secs(10);
 
 /// What a program left: its exit code and what it printed.
 #[derive(Debug)]
@@ -36,8 +43,8 @@ pub struct Finished {
 /// Runs `program` with `arguments` to its end, `limit` at most.
 ///
 /// # Errors
-/// `command_failed` when the program is missing, cannot be started, is killed at the limit, or ended by a signal: see
-/// [`ended_by_signal`]. An exit code other than 0 is not an error here: LVM, for one, exits with 5 for everything, and only
+/// `command_failed` when the program is missing, cannot be started, is killed at the limit with all that it started, or ended
+/// by a signal: see [`ended_by_signal`]. An exit code other than 0 is not an error here: LVM, for one, exits with 5 for everything, and only
 /// the caller can tell.
 pub fn run(program: &str, arguments: &[impl AsRef<OsStr>], limit: Duration) -> Result<Finished> {
     let mut child = Command::new(program)
@@ -56,8 +63,8 @@ pub fn run(program: &str, arguments: &[impl AsRef<OsStr>], limit: Duration) -> R
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|error| not_started(program, error))?;
-    let stdout = reader(child.stdout.take());
-    let stderr = reader(child.stderr.take());
+    let stdout = Printed::of(child.stdout.take());
+    let stderr = Printed::of(child.stderr.take());
     let begun = Instant::now();
     let deadline = begun + limit;
     let status = loop {
@@ -65,8 +72,7 @@ pub fn run(program: &str, arguments: &[impl AsRef<OsStr>], limit: Duration) -> R
             Ok(Some(status)) => break status,
             Ok(None) if Instant::now() < deadline => thread::sleep(POLL),
             Ok(None) => {
-                // A program in an uninterruptible wait survives the kill; it is left behind rather than waited for.
-                let _ = child.kill();
+                end_with_all_it_started(child);
                 return Err(Error::new(
                     ErrorCode::CommandFailed,
                     format!("{program} did not end within {} s and was killed", limit.as_secs()),
@@ -78,18 +84,14 @@ pub fn run(program: &str, arguments: &[impl AsRef<OsStr>], limit: Duration) -> R
             }
         }
     };
-    let stderr = stderr.join().unwrap_or_default();
+    let stderr = stderr.text();
     tracing::debug!(command = line(program, arguments), %status, milliseconds = begun.elapsed().as_millis() as u64, "a program ended");
     if let Some(signal) = status.signal() {
         let message = format!("{program} was ended by signal {signal}");
         let error = Error::new(ErrorCode::CommandFailed, message).detail("command", line(program, arguments));
         return Err(error.detail(SIGNAL, signal));
     }
-    Ok(Finished {
-        code: status.code().unwrap_or_default(),
-        stdout: stdout.join().unwrap_or_default(),
-        stderr: tail(&stderr),
-    })
+    Ok(Finished { code: status.code().unwrap_or_default(), stdout: stdout.text(), stderr: tail(&stderr) })
 }
 
 /// Whether a program was ended by a signal. systemd sends one to all programs of a service that it stops (systemd.kill(5)).
@@ -134,14 +136,45 @@ fn line(program: &str, arguments: &[impl AsRef<OsStr>]) -> String {
         .fold(program.to_owned(), |line, argument| format!("{line} {}", argument.as_ref().to_string_lossy()))
 }
 
-fn reader(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<String> {
-    thread::spawn(move || {
-        let mut bytes = Vec::new();
-        if let Some(mut pipe) = pipe {
-            let _ = pipe.read_to_end(&mut bytes);
-        }
+/// Kills a program and what it started and did not make independent of itself (setsid(2)). One that waits in the kernel
+/// survives that until it does not wait any more; it is left behind rather than waited for, but it is reaped.
+fn end_with_all_it_started(mut child: Child) {
+    // It is the leader of a group of its own.
+    if let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
+        let _ = kill_process_group(group, Signal::KILL);
+    }
+    thread::spawn(move || drop(child.wait()));
+}
+
+/// What comes out of a pipe, read by a thread of its own: a program that is not listened to waits.
+struct Printed {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    end: Receiver<()>,
+}
+
+impl Printed {
+    fn of(pipe: Option<impl Read + Send + 'static>) -> Self {
+        let bytes = Arc::<Mutex<Vec<u8>>>::default();
+        let (at_end, end) = mpsc::channel();
+        let read = Arc::clone(&bytes);
+        thread::spawn(move || {
+            // Dropped, it says that this is the end.
+            let _at_end = at_end;
+            let Some(mut pipe) = pipe else { return };
+            let mut chunk = vec![0; 64 << 10];
+            while let Ok(length @ 1..) = pipe.read(&mut chunk) {
+                read.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&chunk[..length]);
+            }
+        });
+        Self { bytes, end }
+    }
+
+    /// All of it, once the program has ended.
+    fn text(&self) -> String {
+        let _ = self.end.recv_timeout(LAST_WORDS);
+        let bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
         String::from_utf8_lossy(&bytes).into_owned()
-    })
+    }
 }
 
 fn tail(text: &str) -> String {
@@ -193,6 +226,32 @@ mod tests {
         let error = run("sleep", &["60"], Duration::from_millis(100)).unwrap_err();
         assert_eq!(error.code(), ErrorCode::CommandFailed);
         assert!(begun.elapsed() < Duration::from_secs(10));
+    }
+
+    /// Whether some process has these words.
+    fn runs(words: &str) -> bool {
+        run("pgrep", &["--full", "--exact", words], LIMIT).unwrap().code == 0
+    }
+
+    #[test]
+    fn what_a_program_that_hangs_started_is_killed_with_it_and_nothing_is_left_to_be_reaped() {
+        let error = run("sh", &["-c", "sleep 86411; true"], Duration::from_millis(300)).unwrap_err();
+        assert!(error.to_string().contains("did not end"), "{error}");
+        let begun = Instant::now();
+        let own = std::process::id().to_string();
+        let zombies = || run("ps", &["--ppid", &own, "-o", "state="], LIMIT).unwrap().stdout.contains('Z');
+        while runs("sleep 86411") || zombies() {
+            assert!(begun.elapsed() < LIMIT, "it is left");
+            thread::sleep(POLL);
+        }
+    }
+
+    #[test]
+    fn a_program_that_leaves_something_behind_with_its_output_has_ended() {
+        let finished = run("sh", &["-c", "sleep 86422 & echo done"], Duration::from_secs(60)).unwrap();
+        let left = runs("sleep 86422");
+        run("pkill", &["--full", "--exact", "sleep 86422"], LIMIT).unwrap();
+        assert_eq!((finished.code, finished.stdout.trim(), left), (0, "done", true));
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! The connection to libvirt: the storage pool of the image cache, and the disks of active domains.
 //!
 //! Every call opens its own connection in its own thread and gives up after a limit, because a libvirtd that hangs
-//! must not hang a job (libvirt's client has no time-out of its own). It leaves out domain life cycle.
+//! must not hang a job (libvirt's client has no time-out of its own). As long as it hangs, it is not asked the same again and again.
+//! It leaves out domain life cycle.
 
 use std::{
     path::{Path, PathBuf},
@@ -17,8 +18,11 @@ use quick_xml::{
 };
 use virt::{connect::Connect, sys};
 
+use super::outstanding::Outstanding;
 use crate::error::{Error, Result};
 
+/// What was asked and is not answered, by whom and for what.
+static OUTSTANDING: Outstanding = Outstanding::new();
 /// How long libvirt may take for one call. A refresh of a pool with thousands of files takes seconds.
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -122,15 +126,21 @@ impl Libvirt {
         static SILENCE: Once = Once::new();
         // libvirt prints every error to stderr unless told otherwise.
         SILENCE.call_once(virt::error::clear_error_callback);
-        let (sender, receiver) = mpsc::channel();
-        let uri = self.uri.clone();
-        thread::spawn(move || {
-            let _ = sender.send(Connect::open(Some(&uri)).and_then(|connection| work(&connection)));
-        });
         let unavailable = |why: String| {
             Error::new(ErrorCode::LibvirtUnavailable, format!("{doing} failed: libvirt at {} {why}", self.uri))
                 .hint("check that libvirtd (or virtqemud and virtstoraged) runs: systemctl status libvirtd")
         };
+        let turn = OUTSTANDING
+            .begin(&format!("{} {doing}", self.uri), LIMIT)
+            .map_err(|out| unavailable(format!("was asked {} s ago and has not answered yet", out.as_secs())))?;
+        let (sender, receiver) = mpsc::channel();
+        let uri = self.uri.clone();
+        thread::spawn(move || {
+            let answer = Connect::open(Some(&uri)).and_then(|connection| work(&connection));
+            // Before the answer is seen, so that who asks in turn waits for nobody.
+            drop(turn);
+            let _ = sender.send(answer);
+        });
         match receiver.recv_timeout(LIMIT) {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(error)) => Err(unavailable(format!("says: {}", error.message()))),

@@ -6,5 +6,6 @@ pub mod cmd;
 pub mod confine;
 pub mod libvirt;
 pub mod lock;
+mod outstanding;
 pub mod pressure;
 pub mod priority;

@@ -1,5 +1,5 @@
-//! Jobs: which may run next ([`queue`]), running them step by step ([`runner`]), keeping them ([`store`]), and who has what a
-//! job is about ([`hold`]).
+//! Jobs: which may run next ([`queue`]), running them ([`runner`]) step by step ([`steps`]), keeping them ([`store`]), and
+//! who has what a job is about ([`hold`]).
 //!
 //! It knows nothing of images and volumes: a job is a request, a record and a list of [`Step`]s, all given by
 //! `provision`.
@@ -15,6 +15,7 @@
 mod hold;
 mod queue;
 mod runner;
+mod steps;
 mod store;
 
 use futures::future::BoxFuture;

@@ -1,5 +1,5 @@
-//! Runs jobs: takes the next from the queue, does its steps in order, each recorded before it acts, and takes them back
-//! when one fails or the user cancels.
+//! Runs jobs: takes the next from the queue, has its steps done, or taken back when one fails or the user cancels, and records
+//! how it ended.
 //!
 //! ```text
 //!  submit ─► store ─► queue ─► steps 1 … n ──────────────► completed
@@ -7,7 +7,7 @@
 //!                       │        │ cancel ───────► undo n … 1 ─► cancelled
 //!                       └────────┘ shutdown, crash: recorded as it is, run again at the next start
 //! ```
-//! It leaves out what the steps do. No job is lost between two lines: the database says what is to be done, memory only
+//! It leaves out how steps are done and recorded ([`steps`](super::steps)), and what they do. No job is lost between two lines: the database says what is to be done, memory only
 //! what is being done.
 
 use std::{
@@ -26,9 +26,10 @@ use serde_json::Value;
 use tokio::sync::{Notify, watch};
 
 use super::{
-    Action, Step,
+    Step,
     hold::{Held, Holder},
     queue::{self, Entry},
+    steps::{Steps, panicked},
     store::{Filter, NewJob, RunBy, Store, Stored},
 };
 use crate::{
@@ -192,7 +193,9 @@ impl<C: Send + 'static> Runner<C> {
         }
         self.inner.wake.notify_one();
         self.inner.announce();
-        self.get(id).await
+        let job = self.get(id).await?;
+        self.inner.forget().await;
+        Ok(job)
     }
 
     /// The job that has this exclusive key now. Once its end can be read, it has nothing.
@@ -225,7 +228,7 @@ impl<C: Send + 'static> Runner<C> {
     /// `volume_in_use` while a job, or somebody else outside of one, has it.
     pub async fn hold(&self, exclusive: &str, what: &str) -> Result<Held> {
         let held = self.inner.take(exclusive).ok_or_else(|| {
-            Error::new(ErrorCode::VolumeInUse, format!("{what} is being changed by another request"))
+            Error::new(ErrorCode::VolumeInUse, format!("{what} is in the hands of another request"))
                 .hint("wait for its end, then try again")
                 .retry(true)
         })?;
@@ -412,7 +415,7 @@ impl<C: Send + 'static> Inner<C> {
             Ok(context) => context,
             Err(error) => return self.end(id, &progress, Err(error), stored.record).await.map(Some),
         };
-        let steps = (self.execution.steps)(stored.kind);
+        let steps = self.steps(&stored);
         let (result, reached) = if self.store.is_undone(id).await? {
             let error =
                 Error::new(ErrorCode::Interrupted, "the job had failed and was undone, but its end was not recorded");
@@ -422,7 +425,7 @@ impl<C: Send + 'static> Inner<C> {
                 .hint("see the daemon's log for what ended it; then submit the job again");
             (Err(error), self.store.steps_started(id).await?)
         } else {
-            self.forward(id, &mut context, steps, &progress).await
+            steps.forward(&mut context, &progress, || self.announce()).await
         };
         let result = match result {
             Err(error) if is_of_a_shutdown(&error, &progress).await => {
@@ -432,7 +435,7 @@ impl<C: Send + 'static> Inner<C> {
             }
             Err(error) => {
                 let reached = reached.max(self.store.steps_started(id).await?);
-                Err(self.backward(id, &mut context, &steps[..reached.min(steps.len())], error).await)
+                Err(steps.backward(&mut context, reached, error).await)
             }
             Ok(()) => Ok(()),
         };
@@ -441,55 +444,9 @@ impl<C: Send + 'static> Inner<C> {
         self.end(id, &progress, result, record).await.map(Some)
     }
 
-    /// Does the steps in order; gives how many were started.
-    async fn forward(&self, id: JobId, context: &mut C, steps: &[Step<C>], progress: &Progress) -> (Result<()>, usize) {
-        for (position, step) in steps.iter().enumerate() {
-            let record = (self.execution.record)(context);
-            // One flush of the database says that the step before is done and that this one begins.
-            let begun = match progress.check() {
-                Ok(()) => self.store.step(id, position, step.name, "started", record).await,
-                Err(stop) => self.keep(id, &steps[..position], record).await.and(Err(stop)),
-            };
-            if let Err(error) = begun {
-                return (Err(error), position);
-            }
-            tracing::debug!(job_id = %id, step = step.name, "step begins");
-            let result = act(step.ensure, context, step.name, "").await;
-            self.announce();
-            if result.is_err() {
-                return (result, position + 1);
-            }
-        }
-        (Ok(()), steps.len())
-    }
-
-    /// Keeps what the steps that are done have found, for the next attempt.
-    async fn keep(&self, id: JobId, done: &[Step<C>], record: Value) -> Result<()> {
-        match done.last() {
-            Some(step) => self.store.step(id, done.len() - 1, step.name, "done", record).await,
-            None => Ok(()),
-        }
-    }
-
-    /// Takes steps back, the last first. What cannot be taken back is named in the error.
-    async fn backward(&self, id: JobId, context: &mut C, steps: &[Step<C>], mut error: Error) -> Error {
-        let mut leftovers = Vec::new();
-        for (position, step) in steps.iter().enumerate().rev() {
-            if let Err(failure) = act(step.undo, context, step.name, "undo.").await {
-                tracing::error!(job_id = %id, step = step.name, error = %failure.chain(), "step could not be undone");
-                leftovers.push(Value::String(format!("{}: {}", step.name, failure.chain())));
-                continue;
-            }
-            if let Err(failure) =
-                self.store.step(id, position, step.name, "undone", (self.execution.record)(context)).await
-            {
-                tracing::error!(job_id = %id, step = step.name, error = %failure.chain(), "the undoing could not be recorded");
-            }
-        }
-        if !leftovers.is_empty() {
-            error = error.detail("not_undone", Value::Array(leftovers));
-        }
-        error
+    fn steps(&self, stored: &Stored) -> Steps<'_, C> {
+        let steps = (self.execution.steps)(stored.kind);
+        Steps { id: stored.id, steps, record: self.execution.record, store: &self.store }
     }
 
     async fn end(&self, id: JobId, progress: &Progress, result: Result<()>, record: Value) -> Result<JobStatus> {
@@ -512,10 +469,15 @@ impl<C: Send + 'static> Inner<C> {
         (snapshot.bytes_per_second, snapshot.seconds_left) = (None, None);
         let error = error.map(|error| error.to_body());
         self.finish(id, status, snapshot, error, record).await?;
+        self.forget().await;
+        Ok(status)
+    }
+
+    /// Forgets ended jobs beyond those that are to be remembered.
+    async fn forget(&self) {
         if let Err(error) = self.store.prune(self.keep).await {
             tracing::warn!(error = %error.chain(), "ended jobs were not forgotten this time");
         }
-        Ok(status)
     }
 
     /// Records the end, however long the database takes to be usable again; meanwhile the job keeps its volume. Only a
@@ -552,8 +514,7 @@ impl<C: Send + 'static> Inner<C> {
             .hint("submit the job again");
         let mut context = (self.execution.context)(&stored, progress.clone())?;
         let reached = self.store.steps_started(stored.id).await?;
-        let steps = (self.execution.steps)(stored.kind);
-        let error = self.backward(stored.id, &mut context, &steps[..reached.min(steps.len())], error).await;
+        let error = self.steps(&stored).backward(&mut context, reached, error).await;
         let record = (self.execution.record)(&context);
         self.end(stored.id, &progress, Err(error), record).await.map(drop)
     }
@@ -567,24 +528,6 @@ async fn is_of_a_shutdown(error: &Error, progress: &Progress) -> bool {
         return progress.stop_reason() == Some(Stop::Shutdown);
     }
     error.code() == ErrorCode::ShuttingDown
-}
-
-/// Runs an action; a panic in it is an error of the job, not of the daemon.
-async fn act<C>(action: Action<C>, context: &mut C, name: &str, undo: &str) -> Result<()> {
-    let acted = async {
-        fault::point(&format!("{undo}{name}.begin"))?;
-        action(context).await?;
-        fault::point(&format!("{undo}{name}.end"))
-    };
-    let acted = AssertUnwindSafe(acted).catch_unwind().await;
-    acted.unwrap_or_else(|panic| Err(panicked(&format!("step {undo}{name}"), &*panic)))
-}
-
-/// A panic as an error, with what it said.
-fn panicked(what: &str, panic: &(dyn std::any::Any + Send)) -> Error {
-    let said = panic.downcast_ref::<&str>().copied();
-    let said = said.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("nothing");
-    Error::internal(format!("{what} panicked and said: {said}"))
 }
 
 #[cfg(test)]

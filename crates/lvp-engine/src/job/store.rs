@@ -450,12 +450,13 @@ impl Store {
         .await
     }
 
-    /// Forgets ended jobs, the oldest first, until `keep` are left.
+    /// Forgets ended jobs until `keep` are left, those first that ended first: not the oldest, or one that took long would be
+    /// forgotten before anybody saw its end.
     pub async fn prune(&self, keep: u32) -> Result<usize> {
         self.transact(move |t| {
             t.execute(
                 "DELETE FROM jobs WHERE finished_at IS NOT NULL AND id NOT IN
-                 (SELECT id FROM jobs WHERE finished_at IS NOT NULL ORDER BY id DESC LIMIT ?1)",
+                 (SELECT id FROM jobs WHERE finished_at IS NOT NULL ORDER BY finished_at DESC, id DESC LIMIT ?1)",
                 [keep],
             )
         })

@@ -112,6 +112,19 @@ async fn a_pending_job_is_cancelled_at_once_and_old_jobs_are_forgotten() {
 }
 
 #[tokio::test]
+async fn a_job_that_took_long_is_remembered_when_it_ends() {
+    let (_directory, store) = store().await;
+    let (long, _) = store.insert(new("a", None)).await.unwrap();
+    let (short, _) = store.insert(new("b", None)).await.unwrap();
+    for id in [short, long] {
+        store.finish(id, JobStatus::Completed, Progress::queued(), None, json!({})).await.unwrap();
+        store.prune(1).await.unwrap();
+    }
+    assert_eq!(store.get(long).await.unwrap().status, JobStatus::Completed);
+    assert_eq!(store.get(short).await.unwrap_err().code(), ErrorCode::JobNotFound);
+}
+
+#[tokio::test]
 async fn a_command_sees_its_own_jobs_waiting_and_leaves_the_daemons() {
     let (_directory, daemon) = store().await;
     let command = daemon.clone().bounded(1).run_by(RunBy::Command);

@@ -95,12 +95,27 @@ async fn a_client_that_does_not_go_on_is_let_go() {
         let answer = exchange(&bed, bytes.as_bytes()).await;
         assert!(!answer.contains("200 OK"), "{name}: {answer}");
     }
+    // HTTP/2: its preface, no settings, a request, and no answer to a ping (RFC 9113, 4.1 and 6.7; the numbers before the host
+    // stand for GET, http and / in RFC 7541, appendix A).
+    let silent =
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0\0\0\x0e\x01\x05\0\0\0\x01\x82\x86\x84\x41\x09localhost";
+    exchange(&bed, silent).await;
     // One that keeps its connection for a next request that does not come.
     let kept = exchange(&bed, b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
     assert!(kept.starts_with("HTTP/1.1 200"), "{kept}");
     let half = format!("{head}Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{{");
     let answer = exchange(&bed, half.as_bytes()).await;
     assert!(answer.starts_with("HTTP/1.1 408") && answer.contains("request_timeout"), "{answer}");
+    assert_eq!(bed.tcp().get("/livez").await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_takes_no_answer_is_let_go() {
+    let bed = Bed::limited(limits(|limits| limits.patience = Duration::from_millis(300)), |_| {}).await;
+    let mut stream = TcpStream::connect(bed.tcp().address()).await.unwrap();
+    let asks_and_never_reads =
+        async { while stream.write_all(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n").await.is_ok() {} };
+    assert!(tokio::time::timeout(PATIENCE, asks_and_never_reads).await.is_ok(), "its connection stays open");
     assert_eq!(bed.tcp().get("/livez").await.status, 200);
 }
 

@@ -25,10 +25,11 @@ enum Deed {
     Deleted,
     Flipped,
     Truncated,
+    Grown,
     Replaced,
 }
 
-const ALL: [Deed; 4] = [Deed::Deleted, Deed::Flipped, Deed::Truncated, Deed::Replaced];
+const ALL: [Deed; 5] = [Deed::Deleted, Deed::Flipped, Deed::Truncated, Deed::Grown, Deed::Replaced];
 
 impl Deed {
     /// Does it: near the end, which a slow job has not read yet.
@@ -42,6 +43,7 @@ impl Deed {
                 opened().write_all_at(&[byte[0] ^ 1], 9 * MIB).unwrap();
             }
             Self::Truncated => opened().set_len(5 * MIB).unwrap(),
+            Self::Grown => opened().set_len(file.metadata().unwrap().len() + MIB).unwrap(),
             Self::Replaced => {
                 let (other, size) = (file.with_extension("other"), file.metadata().unwrap().len());
                 fs::write(&other, vec![9; size as usize]).unwrap();
@@ -84,7 +86,8 @@ async fn a_cached_file_touched_before_a_job_is_fetched_anew() {
             let file = cached(&first);
             deed.do_to(&file);
             let mut audit = Audit::begin(&bed).but_for(aside(&file));
-            if deed == Deed::Truncated {
+            let is_resized = matches!(deed, Deed::Truncated | Deed::Grown);
+            if is_resized {
                 // Who changes a file's size takes it over: it stays as it is, and the image gets another name.
                 audit = audit.forgets(&file);
             }
@@ -93,7 +96,7 @@ async fn a_cached_file_touched_before_a_job_is_fetched_anew() {
                 audit.complete(&id, &complete(volume, &image)).await
             };
             assert_eq!(job["cache_hit"], false, "{job:#}");
-            assert_eq!(cached(&job) != file, deed == Deed::Truncated);
+            assert_eq!(cached(&job) != file, is_resized);
             for name in [volume, "first"] {
                 fs::remove_file(bed.volume(name)).unwrap();
             }

@@ -5,7 +5,7 @@ use std::{fs, time::Duration};
 use e2e::server::{Page, Server};
 use serde_json::{Value, json};
 
-use crate::bed::{Bed, DISK};
+use crate::bed::{Bed, DISK, MIB};
 
 /// The events of a stream that has closed: name and data.
 fn events(text: &str) -> Vec<(String, Value)> {
@@ -180,4 +180,15 @@ async fn the_history_is_pruned_to_its_limit() {
     }
     bed.tcp().get(&format!("/api/v1/jobs/{}", ids[0])).await.refusal("job_not_found");
     assert_eq!(bed.job(&ids[3]).await["status"], "failed");
+    // Those that are cancelled before they begin are no way around it.
+    let web = Server::start();
+    web.serve("/x.raw", Page::new(vec![7; 2 * MIB as usize]).stall(&[MIB; 99]));
+    let stuck = json!({ "image_url": web.url("/x.raw"), "volume_name": "web-1", "size": 2 * MIB, "image_type": "raw" });
+    let running = bed.submit(&stuck).await;
+    bed.job_when(&running, |job| job["status"] == "running").await;
+    for _ in 0..4 {
+        let waiting = bed.submit(&stuck).await;
+        bed.tcp().delete(&format!("/api/v1/jobs/{waiting}")).await.expect(200);
+    }
+    assert_eq!(bed.all_jobs().await.len(), 3, "one runs, two are remembered");
 }

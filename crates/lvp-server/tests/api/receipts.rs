@@ -77,6 +77,28 @@ async fn a_volume_is_verified_and_the_first_byte_that_differs_is_named() {
     assert_eq!((&found["intact"], &found["first_difference"]), (&json!(false), &Value::Null), "{found:#}");
 }
 
+/// A volume is verified while nobody changes it: a job that is to write it waits, and who asks during a job is told so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_that_is_verified_beside_its_jobs_is_never_called_damaged() {
+    let bed = Bed::new().await;
+    for (name, seed) in [("first.qcow2", 1), ("second.qcow2", 2)] {
+        bed.publish(name, seed);
+    }
+    bed.provision(&bed.order("first.qcow2", "web-1")).await;
+    for round in 0..20 {
+        let order = bed.order(if round % 2 == 0 { "second.qcow2" } else { "first.qcow2" }, "web-1");
+        let ask = || bed.tcp().post("/api/v1/volumes/web-1/verify", &Value::Null);
+        let (_, first, second) = tokio::join!(bed.provision(&order), ask(), ask());
+        for answer in [first, second] {
+            if answer.status == 200 {
+                assert_eq!(answer.expect(200)["intact"], true);
+            } else {
+                answer.refusal("volume_in_use");
+            }
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_receipt_is_of_what_the_volume_holds_and_of_nothing_else() {
     let bed = Bed::new().await;

@@ -93,6 +93,11 @@ async fn metrics_have_the_seeds_names_and_no_series_per_id() {
     bed.publish("good.qcow2", 1);
     let job = bed.provision(&bed.order("good.qcow2", "web-1")).await;
     bed.tcp().get("/nowhere/at/all").await;
+    // Any word is a method.
+    for number in 0..20 {
+        let method = Method::from_bytes(format!("BREW{number}").as_bytes()).unwrap();
+        Answer::of(bed.tcp().request(method, "/livez")).await;
+    }
     let page = bed.tcp().get("/metrics").await;
     assert!(page.headers["content-type"].to_str().unwrap().starts_with("text/plain; version=0.0.4"));
     for line in [
@@ -105,11 +110,13 @@ async fn metrics_have_the_seeds_names_and_no_series_per_id() {
         "libvirt_volume_provisioner_requests_total{endpoint=\"/api/v1/jobs\",method=\"POST\",status=\"202\"}",
         "libvirt_volume_provisioner_requests_total{endpoint=\"/api/v1/jobs/{id}\",method=\"GET\",status=\"200\"}",
         "endpoint=\"unmatched\",method=\"GET\",status=\"404\"",
+        "endpoint=\"/livez\",method=\"other\",status=\"405\"",
         "process_resident_memory_bytes",
     ] {
         assert!(page.text.contains(line), "no '{line}' in\n{}", page.text);
     }
     assert!(!page.text.contains(job["job_id"].as_str().unwrap()) && !page.text.contains("nowhere"));
+    assert!(!page.text.contains("BREW"), "{}", page.text);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -114,9 +114,7 @@ fn end(job: &Job, output: Output) -> Outcome {
     output::print(job, output, summary)?;
     match job.status {
         JobStatus::Cancelled => {
-            for left in job.details.get("not_undone").and_then(|value| value.as_array()).into_iter().flatten() {
-                eprintln!("left: {}", left.as_str().unwrap_or_default());
-            }
+            output::left(&job.details).for_each(|left| eprintln!("left: {left}"));
             Ok(ExitCode::from(ErrorCode::Cancelled.exit_code()))
         }
         _ => Ok(ExitCode::SUCCESS),
@@ -209,5 +207,6 @@ fn show(job: &Job) -> String {
                 .map(|error| format!("{error} [{}]", job.error_code.map(|code| code.to_string()).unwrap_or_default())),
         ),
         ("hint", job.hint.clone()),
+        ("left", Some(output::left(&job.details).collect::<Vec<_>>().join("; ")).filter(|left| !left.is_empty())),
     ])
 }

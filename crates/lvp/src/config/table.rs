@@ -41,10 +41,10 @@ impl Setting {
 
 /// All settings.
 pub const SETTINGS: &[Setting] = &[
-    setting("state_dir", &["LVP_STATE_DIR"], None, "Directory of the database, the lock and the socket")
+    setting("state_dir", &["LVP_STATE_DIR"], None, "Directory of the database, the lock and the socket; not set: /var/lib/libvirt-volume-provisioner for root, else below `~/.local/state`")
         .flag("state-dir"),
-    setting("database", &["DB_PATH", "DATABASE_PATH"], None, "The job database's file"),
-    setting("cache_dir", &["LVP_CACHE_DIR"], None, "Directory of the image cache").flag("cache-dir"),
+    setting("database", &["DB_PATH", "DATABASE_PATH"], None, "The job database's file; not set: `jobs.db` in `state_dir`"),
+    setting("cache_dir", &["LVP_CACHE_DIR"], None, "Directory of the image cache; not set: that of libvirt's storage pool `images`, or `images` in `state_dir`").flag("cache-dir"),
     setting(
         "cache_max_bytes",
         &["LVP_CACHE_MAX_BYTES"],
@@ -54,7 +54,7 @@ pub const SETTINGS: &[Setting] = &[
     setting("host", &["HOST", "LISTEN_ADDR"], Some("127.0.0.1"), "Address that the daemon listens on; loopback only")
         .flag("host"),
     setting("port", &["PORT"], Some("8080"), "Port that the daemon listens on").flag("port"),
-    setting("socket", &["LVP_SOCKET"], None, "The daemon's Unix socket").flag("socket"),
+    setting("socket", &["LVP_SOCKET"], None, "The daemon's Unix socket; not set: `lvp.sock` in `state_dir`").flag("socket"),
     setting(
         "max_connections",
         &["LVP_MAX_CONNECTIONS"],
@@ -69,13 +69,13 @@ pub const SETTINGS: &[Setting] = &[
         "minio.retry_attempts",
         &["MINIO_RETRY_ATTEMPTS"],
         Some("3"),
-        "How often a request that may pass is tried again",
+        "How often a request is sent again after a failure that can pass",
     ),
     setting(
         "minio.retry_backoff_ms",
         &["MINIO_RETRY_BACKOFF_MS"],
         Some("100,1000,10000"),
-        "The waits before that, in milliseconds",
+        "How long is waited before each of those, in milliseconds; the last wait holds for all further ones",
     ),
     setting(
         "ca_cert_file",
@@ -95,9 +95,9 @@ pub const SETTINGS: &[Setting] = &[
         "lvm.retry_backoff_ms",
         &["LVM_RETRY_BACKOFF_MS"],
         Some("100,1000"),
-        "The waits before that, in milliseconds",
+        "How long is waited before each of those, in milliseconds; the last wait holds for all further ones",
     ),
-    setting("libvirt_uri", &["LVP_LIBVIRT_URI"], None, "libvirt's connection URI, or `none`"),
+    setting("libvirt_uri", &["LVP_LIBVIRT_URI"], None, "libvirt's connection URI, or `none`; not set: `qemu:///system`"),
     setting("max_concurrent_jobs", &["MAX_CONCURRENT_JOBS"], Some("2"), "Jobs that run at once"),
     setting(
         "max_queued_jobs",
@@ -105,7 +105,7 @@ pub const SETTINGS: &[Setting] = &[
         Some("1000"),
         "Jobs that wait for their turn; a request beyond is answered with 429 and `queue_full`",
     ),
-    setting("workers", &["LVP_WORKERS"], None, "Threads that decode and write, for one job"),
+    setting("workers", &["LVP_WORKERS"], None, "Threads that decode and write, for one job; not set: two for each processor, four at most"),
     setting(
         "download_limit",
         &["LVP_DOWNLOAD_LIMIT"],
@@ -129,7 +129,8 @@ pub const SETTINGS: &[Setting] = &[
         "io_pressure_file",
         &["LVP_IO_PRESSURE_FILE"],
         None,
-        "File that tells it; not set: the guests', /sys/fs/cgroup/machine.slice/io.pressure",
+        "File of the kernel's I/O pressure (PSI) that `io_pressure_limit` is held against; not set: the guests', \
+         /sys/fs/cgroup/machine.slice/io.pressure",
     ),
     setting(
         "io_priority",
@@ -156,7 +157,7 @@ pub const SETTINGS: &[Setting] = &[
         "Percent of a thin pool's data that jobs leave free for the volumes in it",
     ),
     setting("job_history", &["LVP_JOB_HISTORY"], Some("1000"), "Ended jobs that are remembered"),
-    setting("log_level", &["LOG_LEVEL"], None, "error, warn, info, debug, trace, or filter directives")
+    setting("log_level", &["LOG_LEVEL"], None, "error, warn, info, debug, trace, or filter directives; not set: info for the daemon, error for commands")
         .flag("log-level"),
     setting("log_format", &["LOG_FORMAT"], Some("auto"), "text, json, or auto: text on a terminal"),
 ];
