@@ -2,6 +2,8 @@
 
 use std::{fs, os::unix::fs::FileExt};
 
+use e2e::server::{Page, Server};
+use futures::future::join_all;
 use lvp_api::{DiskFormat, TargetSpec, ZeroPolicy};
 use lvp_engine::TargetSettings;
 use serde_json::{Value, json};
@@ -80,21 +82,25 @@ async fn a_volume_is_verified_and_the_first_byte_that_differs_is_named() {
 /// A volume is verified while nobody changes it: a job that is to write it waits, and who asks during a job is told so.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_volume_that_is_verified_beside_its_jobs_is_never_called_damaged() {
-    let bed = Bed::new().await;
-    for (name, seed) in [("first.qcow2", 1), ("second.qcow2", 2)] {
-        bed.publish(name, seed);
-    }
-    bed.provision(&bed.order("first.qcow2", "web-1")).await;
-    for round in 0..20 {
-        let order = bed.order(if round % 2 == 0 { "second.qcow2" } else { "first.qcow2" }, "web-1");
-        let ask = || bed.tcp().post("/api/v1/volumes/web-1/verify", &Value::Null);
-        let (_, first, second) = tokio::join!(bed.provision(&order), ask(), ask());
-        for answer in [first, second] {
-            if answer.status == 200 {
-                assert_eq!(answer.expect(200)["intact"], true);
-            } else {
-                answer.refusal("volume_in_use");
-            }
+    let (bed, web) = (Bed::new().await, Server::start());
+    // Large, so that to read it takes a while.
+    let size = 64 * MIB;
+    let order = |number: u8| {
+        let path = format!("/{number}.raw");
+        let order = json!({ "image_url": web.url(&path), "volume_name": "web-1", "size": size, "image_type": "raw" });
+        web.serve(&path, Page::new(vec![number; size as usize]));
+        order
+    };
+    let orders = [order(1), order(2)];
+    bed.provision(&orders[0]).await;
+    // They go one after the other, so that most are still to begin when the job does.
+    let ask = || bed.tcp().post("/api/v1/volumes/web-1/verify", &Value::Null);
+    let (answers, _) = tokio::join!(join_all((0..24).map(|_| ask())), bed.provision(&orders[1]));
+    for answer in answers {
+        if answer.status == 200 {
+            assert_eq!(answer.expect(200)["intact"], true);
+        } else {
+            answer.refusal("volume_in_use");
         }
     }
 }
