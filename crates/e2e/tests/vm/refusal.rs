@@ -11,6 +11,7 @@ pub const SCENARIOS: &[Scenario] = &[
     ("a_volume_that_a_program_has_open_is_in_use", a_volume_that_a_program_has_open_is_in_use),
     ("a_volume_under_another_device_is_in_use", a_volume_under_another_device_is_in_use),
     ("the_disk_of_an_active_domain_is_in_use_and_of_one_shut_off_is_not", the_disk_of_an_active_domain_is_in_use),
+    ("the_disk_of_a_domain_suspended_to_disk_is_in_use", the_disk_of_a_domain_suspended_to_disk_is_in_use),
     ("a_volume_mounted_in_another_namespace_is_in_use", a_volume_mounted_in_another_namespace_is_in_use),
     ("a_volume_by_its_other_name_is_in_use", a_volume_by_its_other_name_is_in_use),
     ("a_volume_below_an_overlay_of_a_domain_is_in_use", a_volume_below_an_overlay_of_a_domain_is_in_use),
@@ -73,6 +74,28 @@ fn the_disk_of_an_active_domain_is_in_use(world: &World) -> Result<()> {
     let daemon = world.serve("detached")?;
     daemon.completed(&world.publish(&world.small)?.onto("web", "64M"))?;
     world.expect_image("/dev/vg0/web", &world.small)
+}
+
+/// As libvirt-guests leaves guests when the host stops. It is made by lvp, so that only its user keeps it from being removed.
+fn the_disk_of_a_domain_suspended_to_disk_is_in_use(world: &World) -> Result<()> {
+    let order = world.publish(&world.small)?.onto("web", "64M");
+    world.serve("before-suspend")?.completed(&order)?;
+    world.paused_domain("holder", "/dev/vg0/web")?;
+    world.vm.run_ok("virsh managedsave holder; udevadm settle")?;
+    ensure!(world.vm.run_ok("virsh domstate holder")?.trim() == "shut off", "it is not suspended");
+    expect_in_use(world, "suspended", "the domain holder, which is suspended to disk (managed save)")?;
+    let daemon = world.serve("suspended-still")?;
+    let job = daemon.failed(&order, "volume_in_use")?;
+    let hint = job["hint"].as_str().unwrap_or_default();
+    ensure!(hint.contains("virsh managedsave-remove holder"), "{job:#}");
+    let kept = daemon.delete("/api/v1/volumes/web?force=true")?;
+    ensure!(kept.status == 409 && kept.json()?["error"] == "volume_in_use", "{kept:?}");
+    // The way out that the hint names.
+    world.vm.run_ok("virsh managedsave-remove holder")?;
+    daemon.completed(&order)?;
+    world.expect_image("/dev/vg0/web", &world.small)?;
+    ensure!(daemon.delete("/api/v1/volumes/web?force=true")?.status == 204, "it is not removed");
+    Ok(())
 }
 
 fn a_volume_mounted_in_another_namespace_is_in_use(world: &World) -> Result<()> {
