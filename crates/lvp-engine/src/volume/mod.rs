@@ -40,6 +40,8 @@ pub struct Volume {
     pub size: u64,
     /// How many bytes of its place it has, where known: of a thin volume or a sparse file fewer than its size.
     pub allocated: Option<u64>,
+    /// The thin pool that it is in and takes its blocks from, of a thin volume.
+    pub pool: Option<String>,
     /// What lvp wrote on it.
     pub tags: Tags,
     /// Whether the kernel has the device open, where the backend can tell.

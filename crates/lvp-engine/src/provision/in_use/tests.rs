@@ -19,6 +19,7 @@ fn volume(path: &Path) -> Volume {
         size: SIZE,
         allocated: None,
         open: false,
+        pool: None,
         unsuitable: None,
         link: None,
         tags: Tags::default(),
