@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::{
     admission::{self, Admission},
     in_use::{find_settled, refuse_overwriting, refuse_unfinished},
-    known::{Known, gone, lost_tags, moved_away},
+    known::{Known, gone, lost_tags, moved_away, not_said_to_be_ours},
     new_volume::Destination,
     order::{Order, VolumeOrder},
     plan::{self, Examined},
@@ -342,6 +342,7 @@ impl Context {
         self.base_lock = None;
         let (job, libvirt) = (self.id, self.services.libvirt.clone());
         let (known, was_made) = (self.known.clone(), self.record.device_path.is_some());
+        let is_known = known.is_some();
         let remove = move || {
             let there = find_settled(&*backend, &wanted.name)?;
             let volume = match (there, known) {
@@ -359,7 +360,9 @@ impl Context {
                     refuse_unfinished(&volume, job, libvirt.as_ref())?;
                     backend.remove(&volume.name)
                 }
-                Some(volume) if was_made => Err(lost_tags(&volume)),
+                Some(volume) if was_made && is_known => Err(lost_tags(&volume)),
+                // An attempt before made one; this one has not seen it.
+                Some(volume) if was_made => Err(not_said_to_be_ours(&volume)),
                 // Somebody was quicker, or nothing was made.
                 _ => Ok(()),
             }

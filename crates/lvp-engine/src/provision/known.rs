@@ -132,6 +132,19 @@ pub fn lost_tags(volume: &Volume) -> Error {
     )
 }
 
+/// What is there in place of a volume that an attempt before made, with nothing on it that says whose it is: no attempt knows
+/// another one's volume but by its tags.
+pub fn not_said_to_be_ours(volume: &Volume) -> Error {
+    Error::new(
+        ErrorCode::VolumeNotOurs,
+        format!(
+            "a volume {} is there that does not say that it is this job's, so it was left as it is: somebody's own, or \
+             the one that the job began before the daemon ended, if somebody took its tags",
+            volume.name
+        ),
+    )
+}
+
 /// What is left of a volume that a job made and that somebody took away.
 pub fn moved_away(name: &VolumeName, label: &str) -> Error {
     Error::new(
