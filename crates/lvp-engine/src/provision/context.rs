@@ -110,6 +110,8 @@ pub struct Context {
     pub(super) held: Option<Arc<OpenTarget>>,
     /// The volume, once it is made or readied.
     pub(super) known: Option<Known>,
+    /// The volume that was there before, where this job made its device appear: it was not active.
+    pub(super) readied: Option<Volume>,
     /// The space that it was promised.
     pub(super) admission: Option<Admission>,
     /// Held as long as this job looks for or makes the base of its image.
@@ -136,6 +138,7 @@ impl Context {
             destination: None,
             held: None,
             known: None,
+            readied: None,
             admission: None,
             base_lock: None,
         })
@@ -331,11 +334,11 @@ impl Context {
         }
     }
 
-    /// Removes the volume, if this very job made it, and what it has of a base.
+    /// Removes the volume, if this very job made it, and what it has of a base. One that was there is put back as it was.
     pub(super) async fn undo_volume(&mut self) -> Result<()> {
         let is_somewhere = self.held.take().is_some_and(|held| !held.is_removed());
         if self.record.claim != Some(Claim::Make) {
-            return Ok(());
+            return self.put_volume_back().await;
         }
         let (backend, wanted) = self.backend()?;
         let discarded = sharing::discard_base(&backend, self.id).await;

@@ -166,6 +166,13 @@ pub trait VolumeBackend: Send + Sync {
     /// Readies the volume for writing. `fresh`: it was made just now and nothing was written to it.
     fn target(&self, volume: &Volume, fresh: bool) -> Result<BlockTarget>;
 
+    /// Takes back what [`target`](Self::target) did to a volume that had no device before, once nobody has it open. Nothing,
+    /// where a volume need not be readied.
+    ///
+    /// # Errors
+    /// `command_failed` when somebody uses it.
+    fn put_back(&self, volume: &Volume) -> Result<()>;
+
     /// Writes these tags on the volume, in one step, in place of those that lvp wrote. What others wrote stays as it is.
     fn set_tags(&self, volume: &Volume, tags: &Tags) -> Result<()>;
 

@@ -337,6 +337,10 @@ impl VolumeBackend for Directory {
         Ok(BlockTarget { path: volume.path.clone(), offset: 0, size: volume.size, reads_zero: fresh })
     }
 
+    fn put_back(&self, _volume: &Volume) -> Result<()> {
+        Ok(())
+    }
+
     fn set_tags(&self, volume: &Volume, tags: &Tags) -> Result<()> {
         let failed = |error| Error::io("tagging", &volume.path, error);
         let flags = OFlags::NOFOLLOW.bits().cast_signed();

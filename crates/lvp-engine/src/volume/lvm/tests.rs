@@ -125,6 +125,25 @@ mod real {
     }
 
     #[test]
+    fn a_volume_that_was_readied_is_put_back() {
+        for lvm in [lvm(None), lvm(Some("pool0"))] {
+            let volume = lvm.create(&NewVolume { name: &"web-1".parse().unwrap(), size: SIZE, job: job() }).unwrap();
+            assert!(volume.path.exists());
+            for _ in 0..2 {
+                lvm.put_back(&volume).unwrap();
+                assert!(!volume.path.exists());
+                lvm.target(&volume, false).unwrap();
+                assert!(volume.path.exists());
+            }
+            let held = OpenTarget::open(&lvm.target(&volume, false).unwrap()).unwrap();
+            assert_eq!(lvm.put_back(&volume).unwrap_err().code(), ErrorCode::CommandFailed);
+            assert!(volume.path.exists(), "it was taken from who has it open");
+            drop(held);
+            lvm.remove(&volume.name).unwrap();
+        }
+    }
+
+    #[test]
     fn a_pool_that_does_not_zero_has_no_bases() {
         let pool = Pool::make("pool1", "n");
         let lvm = lvm(Some(pool.0));
