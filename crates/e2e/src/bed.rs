@@ -32,7 +32,7 @@ systemctl kill --kill-whom=all --signal=KILL 'test-*.service'
 systemctl stop 'test-*.service'
 left=$(found)
 if [ -n "$left" ]; then
-    for domain in $(virsh list --all --name); do virsh destroy $domain; virsh undefine --nvram $domain; done
+    for domain in $(virsh list --all --name); do virsh destroy $domain; virsh undefine --nvram --managed-save $domain; done
     for pool in $(virsh pool-list --all --name); do virsh pool-destroy $pool; virsh pool-undefine $pool; done
     awk '$1 ~ "^/dev/(mapper/)?vg0" { print $2 }' /proc/mounts | xargs --no-run-if-empty umount
     volumes | xargs --no-run-if-empty lvremove --force --yes

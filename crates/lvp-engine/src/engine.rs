@@ -324,7 +324,7 @@ impl Engine {
             let volume = target.backend.find(&name)?.ok_or_else(|| no_volume(&name, &target))?;
             let mut users = holder.map(|holder| holder.to_string()).into_iter().collect::<Vec<_>>();
             match provision::users(&volume, libvirt.as_ref()) {
-                Ok(found) => users.extend(found),
+                Ok(found) => users.extend(found.iter().map(ToString::to_string)),
                 Err(error) => users.push(format!("not known, because {}", error.chain())),
             }
             let in_use = (!users.is_empty()).then(|| users.join("; "));

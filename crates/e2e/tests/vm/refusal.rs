@@ -11,10 +11,12 @@ pub const SCENARIOS: &[Scenario] = &[
     ("a_volume_that_a_program_has_open_is_in_use", a_volume_that_a_program_has_open_is_in_use),
     ("a_volume_under_another_device_is_in_use", a_volume_under_another_device_is_in_use),
     ("the_disk_of_an_active_domain_is_in_use_and_of_one_shut_off_is_not", the_disk_of_an_active_domain_is_in_use),
+    ("the_disk_of_a_domain_suspended_to_disk_is_in_use", the_disk_of_a_domain_suspended_to_disk_is_in_use),
     ("a_volume_mounted_in_another_namespace_is_in_use", a_volume_mounted_in_another_namespace_is_in_use),
     ("a_volume_by_its_other_name_is_in_use", a_volume_by_its_other_name_is_in_use),
     ("a_volume_below_an_overlay_of_a_domain_is_in_use", a_volume_below_an_overlay_of_a_domain_is_in_use),
     ("a_volume_with_a_physical_volume_in_it_is_refused", a_volume_with_a_physical_volume_in_it_is_refused),
+    ("a_job_that_is_refused_leaves_an_inactive_volume_inactive", a_refused_job_leaves_an_inactive_volume_inactive),
     (
         "a_domain_that_starts_while_its_volume_is_written_gets_none_or_fails_the_job",
         a_domain_that_starts_while_its_volume_is_written_gets_none_or_fails_the_job,
@@ -75,6 +77,28 @@ fn the_disk_of_an_active_domain_is_in_use(world: &World) -> Result<()> {
     world.expect_image("/dev/vg0/web", &world.small)
 }
 
+/// As libvirt-guests leaves guests when the host stops. It is made by lvp, so that only its user keeps it from being removed.
+fn the_disk_of_a_domain_suspended_to_disk_is_in_use(world: &World) -> Result<()> {
+    let order = world.publish(&world.small)?.onto("web", "64M");
+    world.serve("before-suspend")?.completed(&order)?;
+    world.paused_domain("holder", "/dev/vg0/web")?;
+    world.vm.run_ok("virsh managedsave holder; udevadm settle")?;
+    ensure!(world.vm.run_ok("virsh domstate holder")?.trim() == "shut off", "it is not suspended");
+    expect_in_use(world, "suspended", "the domain holder, which is suspended to disk (managed save)")?;
+    let daemon = world.serve("suspended-still")?;
+    let job = daemon.failed(&order, "volume_in_use")?;
+    let hint = job["hint"].as_str().unwrap_or_default();
+    ensure!(hint.contains("virsh managedsave-remove holder"), "{job:#}");
+    let kept = daemon.delete("/api/v1/volumes/web?force=true")?;
+    ensure!(kept.status == 409 && kept.json()?["error"] == "volume_in_use", "{kept:?}");
+    // The way out that the hint names.
+    world.vm.run_ok("virsh managedsave-remove holder")?;
+    daemon.completed(&order)?;
+    world.expect_image("/dev/vg0/web", &world.small)?;
+    ensure!(daemon.delete("/api/v1/volumes/web?force=true")?.status == 204, "it is not removed");
+    Ok(())
+}
+
 fn a_volume_mounted_in_another_namespace_is_in_use(world: &World) -> Result<()> {
     world.vm.run_ok("lvcreate --yes --name web --size 64M vg0; mkfs.ext4 -q /dev/vg0/web; udevadm settle")?;
     let mount = "mount -o ro /dev/vg0/web /mnt && exec sleep 600";
@@ -133,6 +157,28 @@ fn a_volume_with_a_physical_volume_in_it_is_refused(world: &World) -> Result<()>
     world.vm.run_ok("wipefs --all /dev/vg0/web; udevadm settle")?;
     daemon.completed(&order)?;
     world.expect_image("/dev/vg0/web", &world.small)
+}
+
+/// What is in it shows only when it is active: it is looked at, and put back.
+fn a_refused_job_leaves_an_inactive_volume_inactive(world: &World) -> Result<()> {
+    world.make_volume("web", "--size 64M")?;
+    let inside = "--config devices/scan_lvs=1";
+    world.vm.run_ok(&format!("pvcreate {inside} --yes /dev/vg0/web; udevadm settle"))?;
+    let before = world.content("web")?;
+    let daemon = world.serve("put-back")?;
+    let order = world.publish(&world.small)?.onto("web", "64M");
+    world.vm.run_ok("lvchange --activate n vg0/web; udevadm settle; test ! -e /dev/vg0/web")?;
+    let job = daemon.failed(&order, "volume_in_use")?;
+    ensure!(job["error"].as_str().is_some_and(|words| words.contains("is a physical volume of LVM")), "{job:#}");
+    ensure!(job["details"].get("not_undone").is_none(), "{job:#}");
+    ensure!(world.fact("web", "lv_active")?.is_empty(), "it is active");
+    world.vm.run_ok("test ! -e /dev/vg0/web")?;
+    // One that was active stays so.
+    world.vm.run_ok("lvchange --activate y vg0/web; udevadm settle")?;
+    daemon.failed(&order, "volume_in_use")?;
+    ensure!(world.fact("web", "lv_active")? == "active", "it is not active any more");
+    ensure!(world.content("web")? == before, "the volume was touched");
+    Ok(())
 }
 
 fn a_domain_that_starts_while_its_volume_is_written_gets_none_or_fails_the_job(world: &World) -> Result<()> {

@@ -14,6 +14,7 @@ pub const SCENARIOS: &[Scenario] = &[
     ("no_byte_of_the_volume_s_past_is_left", no_byte_of_the_volume_s_past_is_left),
     ("an_unverified_image_changes_no_byte_of_a_volume", an_unverified_image_changes_no_byte_of_a_volume),
     ("a_volume_with_snapshots_is_neither_overwritten_nor_removed", a_volume_with_snapshots_is_left_alone),
+    ("a_thin_volume_is_left_alone_by_the_targets_of_other_pools", a_thin_volume_is_left_alone_by_other_targets),
     ("an_inactive_volume_is_reprovisioned_and_removed", an_inactive_volume_is_reprovisioned_and_removed),
 ];
 
@@ -99,6 +100,42 @@ fn a_volume_with_snapshots_is_left_alone(world: &World) -> Result<()> {
     ensure!(refused.status == 409 && refused.body.contains("snapshots"), "{refused:?}");
     ensure!((world.content("web")?, world.content("kept")?) == before, "something was touched");
     Ok(())
+}
+
+/// The volume is larger than what its pool has: to write it would fill the pool below all that is in it.
+fn a_thin_volume_is_left_alone_by_other_targets(world: &World) -> Result<()> {
+    world.vm.run_ok(
+        "lvcreate --yes --type thin-pool --name mine --size 64M vg0
+         lvcreate --yes --type thin-pool --name other --size 64M vg0
+         lvcreate --yes --name web --virtualsize 256M --thinpool mine vg0; udevadm settle",
+    )?;
+    let taken = || world.vm.run_ok("lvs --noheadings --options data_percent vg0/mine vg0/web");
+    let before = taken()?;
+    let mut order = world.publish(&world.small)?.onto("web", "256M");
+    for (pool, words) in [(None, "makes thick volumes"), (Some("other"), "is thin pool other")] {
+        let name = pool.unwrap_or("thick");
+        let mut environment = world.environment(name);
+        set(&mut environment, "LVM_THIN_POOL", pool);
+        let daemon = world.serve_in(name, &environment)?;
+        let job = daemon.failed(&order, "volume_incompatible")?;
+        let said = job["error"].as_str().unwrap_or_default();
+        ensure!(said.contains("is in thin pool mine") && said.contains(words), "{job:#}");
+        ensure!(job["hint"].as_str().is_some_and(|hint| hint.contains("lvm:vg0/mine")), "{job:#}");
+        ensure!(job["retryable"] == false, "{job:#}");
+        order["dry_run"] = json!(true);
+        let planned = daemon.post("/api/v1/provision", &order)?;
+        ensure!(planned.status >= 400 && planned.json()?["error"] == "volume_incompatible", "{planned:?}");
+        order["dry_run"] = json!(false);
+    }
+    ensure!(taken()? == before && world.fact("web", "lv_tags")?.is_empty(), "the volume was touched");
+    // Its own target writes what there is room for, and no more.
+    let mut environment = world.environment("own");
+    set(&mut environment, "LVM_THIN_POOL", Some("mine"));
+    let daemon = world.serve_in("own", &environment)?;
+    daemon.failed(&order, "insufficient_space")?;
+    world.vm.run_ok("lvextend --yes --size 320M vg0/mine; udevadm settle")?;
+    daemon.completed(&order)?;
+    world.expect_image("/dev/vg0/web", &world.small)
 }
 
 fn an_inactive_volume_is_reprovisioned_and_removed(world: &World) -> Result<()> {

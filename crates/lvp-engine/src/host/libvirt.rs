@@ -1,4 +1,4 @@
-//! The connection to libvirt: the storage pool of the image cache, and the disks of active domains.
+//! The connection to libvirt: the storage pool of the image cache, and the disks of domains that run or are suspended to disk.
 //!
 //! Every call opens its own connection in its own thread and gives up after a limit, because a libvirtd that hangs
 //! must not hang a job (libvirt's client has no time-out of its own). As long as it hangs, it is not asked the same again and again.
@@ -26,11 +26,21 @@ static OUTSTANDING: Outstanding = Outstanding::new();
 /// How long libvirt may take for one call. A refresh of a pool with thousands of files takes seconds.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// A disk of an active (running or paused) domain.
+/// The domains that have a state to lose, saved ones before active ones: one that is started in between, as at the host's
+/// start, is then seen twice and not missed. A domain is saved to disk by a managed save: `virsh managedsave`, or
+/// libvirt-guests when the host stops.
+const DOMAINS: [(u32, bool); 2] = [
+    (sys::VIR_CONNECT_LIST_DOMAINS_INACTIVE | sys::VIR_CONNECT_LIST_DOMAINS_MANAGEDSAVE, true),
+    (sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE, false),
+];
+
+/// A disk of a domain that is active (running or paused) or saved.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AttachedDisk {
     /// The domain's name.
     pub domain: String,
+    /// Whether the domain is not active but saved to disk, to go on where it was: it has the disk's content in its memory.
+    pub is_saved: bool,
     /// The file or device, of the disk itself or of a link in its backing chain.
     pub path: PathBuf,
     /// Whether the domain reads it as qcow2, so that it may name a file below.
@@ -65,24 +75,24 @@ impl Libvirt {
         })
     }
 
-    /// The disks of all active domains. Blocks.
-    pub fn active_disks(&self) -> Result<Vec<AttachedDisk>> {
-        self.call("listing the disks of active domains", |connection| {
+    /// The disks of all active and saved domains. Of a saved one those of its definition: what was attached to it only as long
+    /// as it ran is not seen. Blocks.
+    pub fn disks_in_use(&self) -> Result<Vec<AttachedDisk>> {
+        self.call("listing the disks of domains", |connection| {
             let mut disks = Vec::new();
-            for domain in connection.list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE)? {
-                // A domain that ends between the list and this has no disks in use.
-                let (Ok(name), Ok(xml)) = (domain.name(), domain.xml_desc(0)) else { continue };
-                for (source, is_qcow2) in disk_sources(&xml) {
-                    let path = match source {
-                        DiskSource::Path(path) => Some(path),
-                        DiskSource::Volume { pool, volume } => connection
-                            .lookup_storage_pool_by_name(&pool)
-                            .and_then(|pool| pool.lookup_storage_vol_by_name(&volume))
-                            .and_then(|volume| volume.path())
-                            .ok(),
-                    };
-                    let domain = name.clone();
-                    disks.extend(path.map(|path| AttachedDisk { domain, path: PathBuf::from(path), is_qcow2 }));
+            for (which, is_saved) in DOMAINS {
+                for domain in connection.list_all_domains(which)? {
+                    // A domain that ends between the list and this has no disks in use.
+                    let (Ok(name), Ok(xml)) = (domain.name(), domain.xml_desc(0)) else { continue };
+                    let paths = disk_sources(&xml)
+                        .into_iter()
+                        .filter_map(|(source, is_qcow2)| Some((source.path(connection)?, is_qcow2)));
+                    disks.extend(paths.map(|(path, is_qcow2)| AttachedDisk {
+                        domain: name.clone(),
+                        is_saved,
+                        path,
+                        is_qcow2,
+                    }));
                 }
             }
             Ok(disks)
@@ -182,6 +192,19 @@ fn pool_xml(name: &str, path: &str) -> String {
 enum DiskSource {
     Path(String),
     Volume { pool: String, volume: String },
+}
+
+impl DiskSource {
+    /// Where that is now; a volume of a pool is asked for. `None` where there is none.
+    fn path(self, connection: &Connect) -> Option<PathBuf> {
+        match self {
+            Self::Path(path) => Some(path.into()),
+            Self::Volume { pool, volume } => {
+                let pool = connection.lookup_storage_pool_by_name(&pool).ok()?;
+                Some(pool.lookup_storage_vol_by_name(&volume).ok()?.path().ok()?.into())
+            }
+        }
+    }
 }
 
 /// The elements that have a source and its format: a disk, what it shows below, and where it is being moved to.
@@ -287,7 +310,7 @@ mod tests {
     fn libvirt_answers_lists_and_makes_a_pool() {
         let libvirt = Libvirt::new("test:///default");
         assert!(!libvirt.version().unwrap().is_empty());
-        libvirt.active_disks().unwrap();
+        libvirt.disks_in_use().unwrap();
         let pool = libvirt.ensure_pool("default-pool", Path::new("/elsewhere")).unwrap();
         assert_eq!((pool.name.as_str(), pool.path.as_path()), ("default-pool", Path::new("/default-pool")));
         pool.refresh().unwrap();

@@ -352,6 +352,7 @@ mod tests {
                 allocated,
                 tags: Tags::default(),
                 open: false,
+                pool: None,
                 unsuitable: None,
                 link: None,
             };

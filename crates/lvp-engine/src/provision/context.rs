@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::{
     admission::{self, Admission},
     in_use::{find_settled, refuse_overwriting, refuse_unfinished},
-    known::{Known, gone, lost_tags, moved_away},
+    known::{Known, gone, lost_tags, moved_away, not_said_to_be_ours},
     new_volume::Destination,
     order::{Order, VolumeOrder},
     plan::{self, Examined},
@@ -110,6 +110,8 @@ pub struct Context {
     pub(super) held: Option<Arc<OpenTarget>>,
     /// The volume, once it is made or readied.
     pub(super) known: Option<Known>,
+    /// The volume that was there before, where this job made its device appear: it was not active.
+    pub(super) readied: Option<Volume>,
     /// The space that it was promised.
     pub(super) admission: Option<Admission>,
     /// Held as long as this job looks for or makes the base of its image.
@@ -136,6 +138,7 @@ impl Context {
             destination: None,
             held: None,
             known: None,
+            readied: None,
             admission: None,
             base_lock: None,
         })
@@ -331,17 +334,18 @@ impl Context {
         }
     }
 
-    /// Removes the volume, if this very job made it, and what it has of a base.
+    /// Removes the volume, if this very job made it, and what it has of a base. One that was there is put back as it was.
     pub(super) async fn undo_volume(&mut self) -> Result<()> {
         let is_somewhere = self.held.take().is_some_and(|held| !held.is_removed());
         if self.record.claim != Some(Claim::Make) {
-            return Ok(());
+            return self.put_volume_back().await;
         }
         let (backend, wanted) = self.backend()?;
         let discarded = sharing::discard_base(&backend, self.id).await;
         self.base_lock = None;
         let (job, libvirt) = (self.id, self.services.libvirt.clone());
         let (known, was_made) = (self.known.clone(), self.record.device_path.is_some());
+        let is_known = known.is_some();
         let remove = move || {
             let there = find_settled(&*backend, &wanted.name)?;
             let volume = match (there, known) {
@@ -359,7 +363,9 @@ impl Context {
                     refuse_unfinished(&volume, job, libvirt.as_ref())?;
                     backend.remove(&volume.name)
                 }
-                Some(volume) if was_made => Err(lost_tags(&volume)),
+                Some(volume) if was_made && is_known => Err(lost_tags(&volume)),
+                // An attempt before made one; this one has not seen it.
+                Some(volume) if was_made => Err(not_said_to_be_ours(&volume)),
                 // Somebody was quicker, or nothing was made.
                 _ => Ok(()),
             }

@@ -9,6 +9,7 @@
 //! It leaves out holding a volume: `host::block::OpenTarget`.
 
 use std::{
+    fmt::{self, Display},
     fs::File,
     os::unix::fs::{FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
@@ -35,6 +36,29 @@ const LONGEST_CHAIN: usize = 200;
 const SETTLING: u32 = 20;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
 
+/// Who uses a volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum User {
+    /// The kernel or LVM, in their words.
+    Seen(String),
+    /// An active domain, by its name.
+    Active(String),
+    /// A domain that is suspended to disk, by its name.
+    Saved(String),
+}
+
+impl Display for User {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Seen(said) => formatter.write_str(said),
+            Self::Active(domain) => write!(formatter, "attached to the active domain {domain}"),
+            Self::Saved(domain) => {
+                write!(formatter, "attached to the domain {domain}, which is suspended to disk (managed save)")
+            }
+        }
+    }
+}
+
 /// The volume of this name as it is once nobody has it open for a moment only. Blocks, up to two seconds where somebody
 /// keeps it open.
 pub fn find_settled(backend: &dyn VolumeBackend, name: &VolumeName) -> Result<Option<Volume>> {
@@ -49,16 +73,18 @@ pub fn find_settled(backend: &dyn VolumeBackend, name: &VolumeName) -> Result<Op
 
 /// Why the volume must not be overwritten or removed now; empty when nothing uses it. Blocks.
 ///
-/// A volume that is attached to a domain that is shut off is free: reprovisioning it is what the seed is for.
+/// A volume that is attached to a domain that is shut off is free: reprovisioning it is what the seed is for. One that is
+/// suspended to disk is not shut off: it goes on where it was, with what it knows of its disk.
 ///
 /// # Errors
 /// `libvirt_unavailable`, because then nobody knows which domains hold it.
-pub fn users(volume: &Volume, libvirt: Option<&Libvirt>) -> Result<Vec<String>> {
+pub fn users(volume: &Volume, libvirt: Option<&Libvirt>) -> Result<Vec<User>> {
     // The device of a logical volume that is not active is not there, and nobody uses it.
-    let mut users = if volume.path.exists() { block::users_of(&volume.path)? } else { Vec::new() };
+    let seen = if volume.path.exists() { block::users_of(&volume.path)? } else { Vec::new() };
+    let mut users: Vec<User> = seen.into_iter().map(User::Seen).collect();
     users.extend(domains(&volume.path, libvirt)?);
     if users.is_empty() && volume.open {
-        users.push("open, says LVM".to_owned());
+        users.push(User::Seen("open, says LVM".to_owned()));
     }
     Ok(users)
 }
@@ -124,7 +150,7 @@ pub fn refuse_physical_volume(volume: &Volume, begun: bool) -> Result<()> {
 /// # Errors
 /// `volume_in_use`; `libvirt_unavailable` as for [`users`].
 pub fn refuse_beside(volume: &Volume, held: &OpenTarget, libvirt: Option<&Libvirt>) -> Result<()> {
-    let mut users = held.users()?;
+    let mut users: Vec<User> = held.users()?.into_iter().map(User::Seen).collect();
     users.extend(domains(&volume.path, libvirt)?);
     if users.is_empty() { Ok(()) } else { Err(in_use(volume, "is in use", &users)) }
 }
@@ -136,7 +162,7 @@ pub fn refuse_beside(volume: &Volume, held: &OpenTarget, libvirt: Option<&Libvir
 /// # Errors
 /// `volume_in_use`.
 pub fn refuse_late_users(volume: &Volume, held: &OpenTarget, libvirt: Option<&Libvirt>) -> Result<()> {
-    let mut users = held.users()?;
+    let mut users: Vec<User> = held.users()?.into_iter().map(User::Seen).collect();
     match domains(&volume.path, libvirt) {
         Ok(domains) => users.extend(domains),
         Err(error) => {
@@ -152,26 +178,33 @@ pub fn refuse_late_users(volume: &Volume, held: &OpenTarget, libvirt: Option<&Li
     ))
 }
 
-fn in_use(volume: &Volume, how: &str, users: &[String]) -> Error {
-    Error::new(ErrorCode::VolumeInUse, format!("volume {} {how}: {}", volume.name, users.join("; ")))
-        .hint("shut the domain down, unmount the volume or stop the program, then try again")
+fn in_use(volume: &Volume, how: &str, users: &[User]) -> Error {
+    let said: Vec<String> = users.iter().map(User::to_string).collect();
+    let saved = users.iter().find_map(|user| match user {
+        User::Saved(domain) => Some(format!(
+            "start the domain {domain} and shut it down, or give up what it had in memory with `virsh managedsave-remove \
+             {domain}`; then try again"
+        )),
+        _ => None,
+    });
+    let hint = saved
+        .unwrap_or_else(|| "shut the domain down, unmount the volume or stop the program, then try again".to_owned());
+    Error::new(ErrorCode::VolumeInUse, format!("volume {} {how}: {}", volume.name, said.join("; ")))
+        .hint(hint)
         .detail("volume", volume.name.as_str())
-        .detail("users", users)
+        .detail("users", said)
 }
 
-/// The active domains that have this as a disk, or below one.
-fn domains(path: &Path, libvirt: Option<&Libvirt>) -> Result<Vec<String>> {
+/// The active and saved domains that have this as a disk, or below one.
+fn domains(path: &Path, libvirt: Option<&Libvirt>) -> Result<Vec<User>> {
     let Some(libvirt) = libvirt else { return Ok(Vec::new()) };
-    let disks = libvirt.active_disks()?;
+    let disks = libvirt.disks_in_use()?;
     let uses = |disk: &AttachedDisk| {
         is_same_file(&disk.path, path)
             || (disk.is_qcow2 && files_below(&disk.path).iter().any(|below| is_same_file(below, path)))
     };
-    let mut users: Vec<String> = disks
-        .iter()
-        .filter(|disk| uses(disk))
-        .map(|disk| format!("attached to the active domain {}", disk.domain))
-        .collect();
+    let user = |disk: AttachedDisk| if disk.is_saved { User::Saved(disk.domain) } else { User::Active(disk.domain) };
+    let mut users: Vec<User> = disks.into_iter().filter(uses).map(user).collect();
     users.dedup();
     Ok(users)
 }

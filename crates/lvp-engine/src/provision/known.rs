@@ -7,9 +7,14 @@
 //! A volume that lost its tags is still the one that was begun, but it is not lvp's any more: it is written to the end, and
 //! not removed. It leaves out who else uses a volume: see `in_use`.
 
-use std::path::PathBuf;
+use std::{
+    fs::{File, OpenOptions},
+    os::unix::fs::OpenOptionsExt,
+    path::PathBuf,
+};
 
 use lvp_api::{ErrorCode, VolumeName};
+use rustix::fs::OFlags;
 
 use crate::{
     error::{Error, Result},
@@ -41,6 +46,18 @@ impl Known {
     /// `file_in_the_way`.
     pub fn check_held(&self, held: &OpenTarget) -> Result<()> {
         if held.identity()?.as_ref() == Some(&self.identity) { Ok(()) } else { Err(self.replaced()) }
+    }
+
+    /// The volume's file, to write what must be in it before it can be held. Blocks.
+    ///
+    /// # Errors
+    /// As [`Known::check_held`]; `input_output`.
+    pub fn open(&self) -> Result<File> {
+        let failed = |error| Error::io("opening", &self.path, error);
+        let flags = OFlags::NOFOLLOW.bits().cast_signed();
+        let file = OpenOptions::new().write(true).custom_flags(flags).open(&self.path).map_err(failed)?;
+        let found = Identity::of_open(&file).map_err(failed)?;
+        if found.as_ref() == Some(&self.identity) { Ok(file) } else { Err(self.replaced()) }
     }
 
     /// Refuses to go on where the volume is gone or another one. Blocks.
@@ -110,6 +127,19 @@ pub fn lost_tags(volume: &Volume) -> Error {
         format!(
             "volume {} has not the tags of this job any more, so it is not lvp's to remove and was kept; what it holds is \
              not complete",
+            volume.name
+        ),
+    )
+}
+
+/// What is there in place of a volume that an attempt before made, with nothing on it that says whose it is: no attempt knows
+/// another one's volume but by its tags.
+pub fn not_said_to_be_ours(volume: &Volume) -> Error {
+    Error::new(
+        ErrorCode::VolumeNotOurs,
+        format!(
+            "a volume {} is there that does not say that it is this job's, so it was left as it is: somebody's own, or \
+             the one that the job began before the daemon ended, if somebody took its tags",
             volume.name
         ),
     )
@@ -188,6 +218,22 @@ mod tests {
         assert!(known.is_replaced_by(&found(&backend, "web")) && !known.is_replaced_by(&found(&backend, "old")));
         let renamed = known.find_renamed(&backend).unwrap().expect("it is there under its other name");
         assert_eq!(renamed.name.as_str(), "old");
+    }
+
+    #[test]
+    fn a_file_put_in_place_of_a_new_qcow2_volume_is_not_opened_to_begin_it() {
+        let (directory, backend, web) = place();
+        fs::write(&web, "").unwrap();
+        let known = Known::new(&found(&backend, "web")).unwrap();
+        known.open().unwrap();
+        // Kept, so that its number is not given to the other one.
+        let aside = directory.path().join("aside");
+        fs::rename(&web, &aside).unwrap();
+        fs::write(&web, "").unwrap();
+        assert_eq!(known.open().unwrap_err().code(), ErrorCode::FileInTheWay);
+        fs::remove_file(&web).unwrap();
+        symlink(&aside, &web).unwrap();
+        assert_eq!(known.open().unwrap_err().code(), ErrorCode::InputOutput);
     }
 
     #[test]

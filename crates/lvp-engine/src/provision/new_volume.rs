@@ -116,7 +116,7 @@ impl Context {
             let known = Known::new(&volume)?;
             let target = match wanted.format {
                 DiskFormat::Raw => target,
-                DiskFormat::Qcow2 => format::begin_qcow2(&target)?,
+                DiskFormat::Qcow2 => format::begin_qcow2(&target, &known.open()?)?,
             };
             let held = OpenTarget::open(&target)?;
             known.check_held(&held)?;
@@ -197,7 +197,7 @@ impl Context {
                 held.sync()?;
                 fault::point("volume.synced")?;
                 if wanted.format == DiskFormat::Qcow2 {
-                    format::end_qcow2(held.target())?;
+                    format::end_qcow2(held)?;
                 }
             }
             let volume = known.find(&*backend)?;

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use lvp_api::{ByteSize, Digest, ErrorCode};
+use lvp_api::{ByteSize, Digest, ErrorCode, TargetSpec};
 
 use super::{
     order::{Order, VolumeOrder},
@@ -119,6 +119,18 @@ pub fn compatible(volume: &Volume, wanted: &VolumeOrder, image: Option<u64>) -> 
     if let Some(why) = volume.unsuitable {
         return Err(incompatible(format!("cannot take an image: {why}")));
     }
+    if let (Some(pool), TargetSpec::Lvm { volume_group, thin_pool }) = (&volume.pool, wanted.settings()?.spec)
+        && thin_pool.as_ref() != Some(pool)
+    {
+        // What is promised is promised of the target's own space, and what is written would take the pool's.
+        let makes = thin_pool.map_or_else(|| "makes thick volumes".to_owned(), |other| format!("is thin pool {other}"));
+        return Err(incompatible(format!("is in thin pool {pool}, and the target {} {makes}", wanted.target))
+            .hint(format!(
+                "name the target lvm:{volume_group}/{pool}, or a configured one for that pool; or choose another name, or \
+                 remove the volume"
+            ))
+            .detail("thin_pool", pool.as_str()));
+    }
     let difference = u128::from(volume.size.abs_diff(wanted.size));
     if difference * SIZE_TOLERANCE > u128::from(wanted.size) {
         return Err(incompatible(format!(
@@ -168,6 +180,7 @@ pub(super) mod tests {
             path: PathBuf::from("/dev/vg0/web-1"),
             size,
             allocated: None,
+            pool: None,
             tags: Tags::default(),
             open: false,
             unsuitable,
@@ -192,6 +205,28 @@ pub(super) mod tests {
         assert!(compatible(&volume, &wanted(100 * GIB), Some(96 * GIB)).is_ok());
         let error = compatible(&volume, &wanted(100 * GIB), Some(98 * GIB)).unwrap_err();
         assert_eq!(error.code(), ErrorCode::VolumeIncompatible);
+    }
+
+    #[test]
+    fn a_thin_volume_is_written_by_a_target_of_its_own_pool_only() {
+        let within = |pool: Option<&str>, target: &str| {
+            let volume = Volume { pool: pool.map(str::to_owned), ..existing(GIB, None) };
+            compatible(&volume, &VolumeOrder { target: target.to_owned(), ..wanted(GIB) }, None)
+        };
+        within(Some("pool0"), "lvm:vg0/pool0").unwrap();
+        // It takes nothing of the pool.
+        within(None, "lvm:vg0/pool0").unwrap();
+        within(None, "lvm:vg0").unwrap();
+        within(None, "dir:/srv").unwrap();
+        let why = [("lvm:vg0", "makes thick volumes"), ("lvm:vg0/pool1", "is thin pool pool1")];
+        for (target, makes) in why {
+            let error = within(Some("pool0"), target).unwrap_err();
+            assert_eq!((error.code(), error.retryable()), (ErrorCode::VolumeIncompatible, false));
+            let said = format!("volume web-1 exists and is in thin pool pool0, and the target {target} {makes}");
+            assert_eq!(error.to_string(), said);
+            let hint = error.to_body().hint.unwrap();
+            assert!(hint.starts_with("name the target lvm:vg0/pool0, or"), "{hint}");
+        }
     }
 
     #[test]

@@ -31,10 +31,18 @@ impl Context {
         let (libvirt, image, progress) = (self.services.libvirt.clone(), self.image()?, self.progress.clone());
         // What an attempt of this very job began to write is this job's.
         let begun = self.record.overwriting;
+        let (asked, free, least_size) = (Arc::clone(&backend), libvirt.clone(), image.least_size());
+        let volume = blocking(move || {
+            let volume = find_existing(&*asked, &wanted)?;
+            plan::compatible(&volume, &wanted, Some(least_size))?;
+            refuse_overwriting(&volume, begun, free.as_ref())?;
+            Ok(volume)
+        });
+        let volume = volume.await?;
+        if !volume.path.exists() {
+            self.readied = Some(volume.clone());
+        }
         let target = blocking(move || {
-            let volume = find_existing(&*backend, &wanted)?;
-            plan::compatible(&volume, &wanted, Some(image.least_size()))?;
-            refuse_overwriting(&volume, begun, libvirt.as_ref())?;
             let target = backend.target(&volume, false)?;
             let known = Known::new(&volume)?;
             let held = OpenTarget::open(&target)?;
@@ -53,6 +61,13 @@ impl Context {
         self.record.overwriting = true;
         self.destination = Some(Destination::Volume(target));
         Ok(())
+    }
+
+    /// Leaves a volume that was not active before so again, where nothing was written to it.
+    pub(super) async fn put_volume_back(&mut self) -> Result<()> {
+        let Some(volume) = self.readied.take().filter(|_| !self.record.overwriting) else { return Ok(()) };
+        let (backend, _) = self.backend()?;
+        blocking(move || backend.put_back(&volume)).await
     }
 
     /// Writes a verified image over what is there. Where somebody changed the cached image after it was verified, what was

@@ -40,6 +40,8 @@ pub struct Volume {
     pub size: u64,
     /// How many bytes of its place it has, where known: of a thin volume or a sparse file fewer than its size.
     pub allocated: Option<u64>,
+    /// The thin pool that it is in and takes its blocks from, of a thin volume.
+    pub pool: Option<String>,
     /// What lvp wrote on it.
     pub tags: Tags,
     /// Whether the kernel has the device open, where the backend can tell.
@@ -163,6 +165,13 @@ pub trait VolumeBackend: Send + Sync {
 
     /// Readies the volume for writing. `fresh`: it was made just now and nothing was written to it.
     fn target(&self, volume: &Volume, fresh: bool) -> Result<BlockTarget>;
+
+    /// Takes back what [`target`](Self::target) did to a volume that had no device before, once nobody has it open. Nothing,
+    /// where a volume need not be readied.
+    ///
+    /// # Errors
+    /// `command_failed` when somebody uses it.
+    fn put_back(&self, volume: &Volume) -> Result<()>;
 
     /// Writes these tags on the volume, in one step, in place of those that lvp wrote. What others wrote stays as it is.
     fn set_tags(&self, volume: &Volume, tags: &Tags) -> Result<()>;

@@ -12,7 +12,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{self, Seek, SeekFrom},
     os::{
-        fd::{AsFd, BorrowedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd},
         unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt},
     },
     path::PathBuf,
@@ -134,6 +134,17 @@ impl OpenTarget {
     /// `input_output` when the system does not say.
     pub fn identity(&self) -> Result<Option<Identity>> {
         Identity::of_open(&self.plain).map_err(|error| Error::io("looking at", &self.target.path, error))
+    }
+
+    /// The same file or device once more, to read and write: what is held, not what is at the path by now.
+    ///
+    /// # Errors
+    /// `input_output`.
+    pub fn reopened(&self) -> Result<File> {
+        // A link of the kernel's own (proc(5)), which leads to what is open, whatever name that has.
+        let open = format!("/proc/self/fd/{}", self.plain.as_raw_fd());
+        let reopened = OpenOptions::new().read(true).write(true).open(open);
+        reopened.map_err(|error| Error::io("opening", &self.target.path, error))
     }
 
     /// Whether it has a name no more and is gone when it is let go: a file only, since nobody removes a device that is held.

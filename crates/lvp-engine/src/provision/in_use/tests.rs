@@ -19,6 +19,7 @@ fn volume(path: &Path) -> Volume {
         size: SIZE,
         allocated: None,
         open: false,
+        pool: None,
         unsuitable: None,
         link: None,
         tags: Tags::default(),
@@ -34,11 +35,20 @@ fn file(directory: &Path, name: &str) -> PathBuf {
 
 /// libvirt's test driver with one domain, `guest`, in this state, with these disks.
 fn libvirt(directory: &Path, state: u8, disks: &str) -> Libvirt {
+    libvirt_with(directory, state, "", disks)
+}
+
+/// The same, where the domain has a managed save.
+fn libvirt_that_saved(directory: &Path, disks: &str) -> Libvirt {
+    libvirt_with(directory, SHUT_OFF, "<test:hasmanagedsave/>", disks)
+}
+
+fn libvirt_with(directory: &Path, state: u8, saved: &str, disks: &str) -> Libvirt {
     let node = directory.join("node.xml");
     let domain = format!(
         "<node xmlns:test='http://libvirt.org/schemas/domain/test/1.0'><domain type='test'>
          <name>guest</name><memory>8192</memory><os><type>hvm</type></os>
-         <test:runstate>{state}</test:runstate><devices>{disks}</devices></domain></node>"
+         <test:runstate>{state}</test:runstate>{saved}<devices>{disks}</devices></domain></node>"
     );
     // It reads the element's own namespace.
     let domain = domain.replace(
@@ -64,7 +74,7 @@ fn disk(kind: &str, attribute: &str, path: &Path, format: &str) -> String {
 
 /// That the only user is the domain.
 fn assert_attached(volume: &Volume, libvirt: &Libvirt) {
-    assert_eq!(users(volume, Some(libvirt)).unwrap(), ["attached to the active domain guest"]);
+    assert_eq!(users(volume, Some(libvirt)).unwrap(), [User::Active("guest".to_owned())]);
     let error = refuse_in_use(volume, Some(libvirt)).unwrap_err();
     assert_eq!((error.code(), error.retryable()), (ErrorCode::VolumeInUse, true));
     assert_eq!(error.to_string(), "volume web is in use: attached to the active domain guest");
@@ -90,6 +100,22 @@ fn a_disk_of_a_domain_is_in_use_unless_the_domain_is_shut_off() {
         assert_attached(&volume, &libvirt(directory.path(), state, &disk));
     }
     refuse_overwriting(&volume, false, Some(&libvirt(directory.path(), SHUT_OFF, &disk))).unwrap();
+}
+
+#[test]
+fn a_disk_of_a_domain_that_is_suspended_to_disk_is_in_use() {
+    let directory = tempfile::tempdir().unwrap();
+    let volume = volume(&file(directory.path(), "web.raw"));
+    let libvirt = libvirt_that_saved(directory.path(), &disk("file", "file", &volume.path, "raw"));
+    assert_eq!(users(&volume, Some(&libvirt)).unwrap(), [User::Saved("guest".to_owned())]);
+    for refused in [refuse_in_use(&volume, Some(&libvirt)), refuse_overwriting(&volume, false, Some(&libvirt))] {
+        let error = refused.unwrap_err();
+        assert_eq!((error.code(), error.retryable()), (ErrorCode::VolumeInUse, true));
+        let said = "volume web is in use: attached to the domain guest, which is suspended to disk (managed save)";
+        assert_eq!(error.to_string(), said);
+        let hint = error.to_body().hint.unwrap();
+        assert!(hint.contains("start the domain guest") && hint.contains("`virsh managedsave-remove guest`"), "{hint}");
+    }
 }
 
 #[test]

@@ -142,7 +142,7 @@ impl Directory {
         let is_image = metadata.is_file() && self.format == DiskFormat::Qcow2;
         let link = if is_image { FileBases { directory: self }.link(&path)? } else { None };
         let allocated = Some(metadata.blocks() * BLOCKS);
-        Ok(Some(Volume { name, path, size, allocated, tags, open: false, unsuitable, link }))
+        Ok(Some(Volume { name, path, size, allocated, pool: None, tags, open: false, unsuitable, link }))
     }
 
     /// Makes a volume appear: all at once, with its size and tags, and with what it holds.
@@ -335,6 +335,10 @@ impl VolumeBackend for Directory {
 
     fn target(&self, volume: &Volume, fresh: bool) -> Result<BlockTarget> {
         Ok(BlockTarget { path: volume.path.clone(), offset: 0, size: volume.size, reads_zero: fresh })
+    }
+
+    fn put_back(&self, _volume: &Volume) -> Result<()> {
+        Ok(())
     }
 
     fn set_tags(&self, volume: &Volume, tags: &Tags) -> Result<()> {

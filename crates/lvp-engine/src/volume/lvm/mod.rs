@@ -242,6 +242,11 @@ impl VolumeBackend for Lvm {
         Ok(BlockTarget { path: volume.path.clone(), offset: 0, size: volume.size, reads_zero })
     }
 
+    fn put_back(&self, volume: &Volume) -> Result<()> {
+        // LVM waits for who only looks into it, and refuses where it is in use.
+        self.run_ok("lvchange", &["-an", &self.full_name(volume.name.as_str())]).map(drop)
+    }
+
     fn set_tags(&self, volume: &Volume, tags: &Tags) -> Result<()> {
         let (old, new) = (written(&volume.tags), written(tags));
         let mut arguments = Vec::new();

@@ -40,7 +40,7 @@ pub struct LogicalVolume {
     pub lv_tags: String,
     pub lv_attr: String,
     pub lv_device_open: String,
-    /// The thin pool that it is in; empty for others.
+    /// The thin pool that it is in, or of a cached volume its cache; empty for others.
     pub pool_lv: String,
     /// How much of a thin volume has blocks; empty when that cannot be seen now.
     pub data_percent: String,
@@ -65,10 +65,13 @@ impl LogicalVolume {
         let Ok(name) = self.lv_name.parse::<VolumeName>() else { return Ok(None) };
         let size = number(&self.lv_size)?;
         let allocated = if self.pool_lv.is_empty() { Some(size) } else { part(size, &self.data_percent) };
+        // By its type, since a cached volume has something there too.
+        let pool = self.lv_attr.starts_with('V').then(|| self.pool_lv.clone());
         Ok(Some(Volume {
             name,
             size,
             allocated,
+            pool,
             tags: Tags {
                 made_by_lvp: self.is_made_by_lvp(),
                 job: self.tag(JOB_TAG).and_then(|id| id.parse::<JobId>().ok()),

@@ -9,6 +9,8 @@ const LVS: &str = r#"{"report": [{"lv": [
     {"lv_name":"frozen", "lv_size":"4194304", "lv_path":"/dev/vg0/frozen", "lv_tags":"backup", "lv_attr":"-ri-a-----", "lv_device_open":"", "pool_lv":"", "data_percent":""},
     {"lv_name":"lvp-base-0123456789abcdef-7r2gLc", "lv_size":"16777216", "lv_path":"/dev/vg0/lvp-base-0123456789abcdef-7r2gLc", "lv_tags":"lvp,lvp.base=sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef", "lv_attr":"Vri---tz-k", "lv_device_open":"", "pool_lv":"pool0", "data_percent":""},
     {"lv_name":"lvp-base-new-0193f2b0-0000-7000-8000-000000000001", "lv_size":"16777216", "lv_path":"/dev/vg0/lvp-base-new-0193f2b0-0000-7000-8000-000000000001", "lv_tags":"lvp,lvp.job=0193f2b0-0000-7000-8000-000000000001", "lv_attr":"Vwi-a-tz--", "lv_device_open":"", "pool_lv":"pool0", "data_percent":"0.39"},
+    {"lv_name":"thin", "lv_size":"4194304", "lv_path":"/dev/vg0/thin", "lv_tags":"", "lv_attr":"Vwi-a-tz--", "lv_device_open":"", "pool_lv":"pool0", "data_percent":"50.00"},
+    {"lv_name":"cached", "lv_size":"4194304", "lv_path":"/dev/vg0/cached", "lv_tags":"", "lv_attr":"Cwi-a-C---", "lv_device_open":"", "pool_lv":"[fast_cpool]", "data_percent":"1.00"},
     {"lv_name":"lvp-base-ment", "lv_size":"4194304", "lv_path":"/dev/vg0/lvp-base-ment", "lv_tags":"", "lv_attr":"-wi-a-----", "lv_device_open":"", "pool_lv":"", "data_percent":""}
 ]}]}"#;
 
@@ -28,7 +30,9 @@ fn a_report_becomes_volumes() {
     for base in &volumes[3..5] {
         assert!(base.unsuitable.unwrap().starts_with("it is a base of lvp's"), "{base:?}");
     }
-    assert_eq!(volumes[5].unsuitable, None, "a name alone makes no base");
+    assert_eq!((volumes[5].pool.as_deref(), volumes[5].allocated), (Some("pool0"), Some(2 << 20)));
+    assert_eq!(volumes[6].pool, None, "a cache is no thin pool");
+    assert_eq!(volumes[7].unsuitable, None, "a name alone makes no base");
 }
 
 /// From LVM 2.03.16 on Debian 12: a pool in use, and the same one when it is not active.
@@ -118,6 +122,25 @@ mod real {
     #[test]
     fn thin_volumes_conform_and_have_bases() {
         assert!(conformance::run(&lvm(Some("pool0"))));
+    }
+
+    #[test]
+    fn a_volume_that_was_readied_is_put_back() {
+        for lvm in [lvm(None), lvm(Some("pool0"))] {
+            let volume = lvm.create(&NewVolume { name: &"web-1".parse().unwrap(), size: SIZE, job: job() }).unwrap();
+            assert!(volume.path.exists());
+            for _ in 0..2 {
+                lvm.put_back(&volume).unwrap();
+                assert!(!volume.path.exists());
+                lvm.target(&volume, false).unwrap();
+                assert!(volume.path.exists());
+            }
+            let held = OpenTarget::open(&lvm.target(&volume, false).unwrap()).unwrap();
+            assert_eq!(lvm.put_back(&volume).unwrap_err().code(), ErrorCode::CommandFailed);
+            assert!(volume.path.exists(), "it was taken from who has it open");
+            drop(held);
+            lvm.remove(&volume.name).unwrap();
+        }
     }
 
     #[test]
