@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::{
     admission::{self, Admission},
     in_use::{find_settled, refuse_overwriting, refuse_unfinished},
-    known::{Known, gone, lost_tags, moved_away, not_said_to_be_ours},
+    known::{Known, appeared, gone, lost_tags, moved_away, not_said_to_be_ours},
     new_volume::Destination,
     order::{Order, VolumeOrder},
     plan::{self, Examined},
@@ -225,6 +225,8 @@ impl Context {
             Some(volume) if before.claim == Some(Claim::Make) && volume.tags.job == Some(job) => {
                 Ok(Claimed::For(Claim::Make, None))
             }
+            // Nobody asked to overwrite what was not there when this job began.
+            Some(volume) if before.claim == Some(Claim::Make) => Err(appeared(&volume)),
             Some(volume) => {
                 plan::compatible(&volume, &wanted, virtual_size)?;
                 refuse_overwriting(&volume, before.overwriting, services.libvirt.as_ref())?;

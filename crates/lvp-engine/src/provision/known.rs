@@ -99,18 +99,25 @@ impl Known {
     }
 
     fn replaced(&self) -> Error {
-        Error::new(
-            ErrorCode::FileInTheWay,
-            format!(
-                "volume {} was replaced by another one while the job wrote it; the other one was left as it is",
-                self.name
-            ),
-        )
-        .hint(
-            "find out who made the other one; then choose another volume name, or submit the job again to overwrite it",
-        )
+        in_the_way(format!(
+            "volume {} was replaced by another one while the job wrote it; the other one was left as it is",
+            self.name
+        ))
         .detail("volume", self.name.as_str())
     }
+}
+
+/// The error for a volume that stands where an interrupted job was making its own, and is not that.
+pub fn appeared(volume: &Volume) -> Error {
+    let message =
+        format!("volume {} was made by somebody else while the job was interrupted; it was left as it is", volume.name);
+    in_the_way(message).detail("volume", volume.name.as_str())
+}
+
+fn in_the_way(message: String) -> Error {
+    Error::new(ErrorCode::FileInTheWay, message).hint(
+        "find out who made the other one; then choose another volume name, or submit the job again to overwrite it",
+    )
 }
 
 /// The error for a volume that was there when the job began to write it.

@@ -470,23 +470,26 @@ async fn a_volume_that_lost_its_tags_is_not_removed_by_the_undo_which_says_so() 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_file_put_in_place_of_a_new_volume_while_the_daemon_is_down_is_left_and_not_called_incomplete() {
     let (mut bed, web, image) = ready().await;
-    let gate = serve_held(&web, &image);
-    let id = bed.submit(&order(&web.url("/x.raw"), "web-1")).await;
-    gate.reached().await;
-    bed.job_when(&id, |job| job["device_path"].is_string()).await;
-    let volume = bed.volume("web-1");
-    bed.restart_after(|_| {
-        fs::remove_file(&volume).unwrap();
-        fs::write(&volume, vec![9; 3 * SIZE as usize]).unwrap();
-        web.serve("/x.raw", Page::new(fs::read(&image).unwrap()));
-    })
-    .await;
-    let job = bed.ended(&id).await;
-    assert_eq!((&job["status"], &job["error_code"]), (&json!("failed"), &json!("volume_incompatible")), "{job:#}");
-    let left = job["details"]["not_undone"].to_string();
-    assert!(left.contains("a volume web-1 is there that does not say that it is this job's"), "{left}");
-    assert!(!left.contains("complete"), "{left}");
-    assert!(fs::read(&volume).unwrap() == vec![9; 3 * SIZE as usize] && attributes(&volume).is_empty());
+    // One that the job could overwrite, and one that it could not.
+    for (name, size) in [("web-1", SIZE), ("web-2", 3 * SIZE)] {
+        let gate = serve_held(&web, &image);
+        let id = bed.submit(&order(&web.url("/x.raw"), name)).await;
+        gate.reached().await;
+        bed.job_when(&id, |job| job["device_path"].is_string()).await;
+        let (volume, other) = (bed.volume(name), vec![9; size as usize]);
+        bed.restart_after(|_| {
+            fs::remove_file(&volume).unwrap();
+            fs::write(&volume, &other).unwrap();
+            web.serve("/x.raw", Page::new(fs::read(&image).unwrap()));
+        })
+        .await;
+        let job = bed.ended(&id).await;
+        assert_eq!((&job["status"], &job["error_code"]), (&json!("failed"), &json!("file_in_the_way")), "{job:#}");
+        let left = job["details"]["not_undone"].to_string();
+        assert!(left.contains(&format!("a volume {name} is there that does not say that it is this job's")), "{left}");
+        assert!(!left.contains("complete"), "{left}");
+        assert!(fs::read(&volume).unwrap() == other && attributes(&volume).is_empty());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
