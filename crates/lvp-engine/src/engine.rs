@@ -105,6 +105,7 @@ impl Engine {
             pool,
             source: settings.sources.clone(),
             ledger: ledger.clone(),
+            users: provision::file_users(libvirt.clone()),
         })
         .await?;
         let mut limits = Limits::new(settings.download_limit, settings.write_limit);

@@ -1,4 +1,4 @@
-//! The connection to libvirt: the storage pool of the image cache, and the disks of active domains.
+//! The connection to libvirt: the storage pool of the image cache, and the disks of domains.
 //!
 //! Every call opens its own connection in its own thread and gives up after a limit, because a libvirtd that hangs
 //! must not hang a job (libvirt's client has no time-out of its own). It leaves out domain life cycle.
@@ -15,14 +15,14 @@ use quick_xml::{
     Reader,
     events::{BytesStart, Event},
 };
-use virt::{connect::Connect, sys};
+use virt::{connect::Connect, error::ErrorNumber, sys};
 
 use crate::error::{Error, Result};
 
 /// How long libvirt may take for one call. A refresh of a pool with thousands of files takes seconds.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// A disk of an active (running or paused) domain.
+/// A disk of a domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AttachedDisk {
     /// The domain's name.
@@ -68,17 +68,29 @@ impl Libvirt {
             for domain in connection.list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE)? {
                 // A domain that ends between the list and this has no disks in use.
                 let (Ok(name), Ok(xml)) = (domain.name(), domain.xml_desc(0)) else { continue };
-                for (source, is_qcow2) in disk_sources(&xml) {
-                    let path = match source {
-                        DiskSource::Path(path) => Some(path),
-                        DiskSource::Volume { pool, volume } => connection
-                            .lookup_storage_pool_by_name(&pool)
-                            .and_then(|pool| pool.lookup_storage_vol_by_name(&volume))
-                            .and_then(|volume| volume.path())
-                            .ok(),
-                    };
-                    let domain = name.clone();
-                    disks.extend(path.map(|path| AttachedDisk { domain, path: PathBuf::from(path), is_qcow2 }));
+                disks.extend(attached(connection, &name, &xml));
+            }
+            Ok(disks)
+        })
+    }
+
+    /// The disks of all domains, active or not, as they are and as they will be at the next start. Of a domain that does
+    /// not run, only the disks themselves are named, and not what is below. Blocks.
+    ///
+    /// # Errors
+    /// `libvirt_unavailable`, also where one domain alone cannot be read.
+    pub fn all_disks(&self) -> Result<Vec<AttachedDisk>> {
+        self.call("listing the disks of all domains", |connection| {
+            let mut disks = Vec::new();
+            for domain in connection.list_all_domains(0)? {
+                let name = domain.name()?;
+                for form in [0, sys::VIR_DOMAIN_XML_INACTIVE] {
+                    match domain.xml_desc(form) {
+                        Ok(xml) => disks.extend(attached(connection, &name, &xml)),
+                        // It was undefined since the list was made.
+                        Err(error) if error.code() == ErrorNumber::NoDomain.into() => {}
+                        Err(error) => return Err(error),
+                    }
                 }
             }
             Ok(disks)
@@ -226,6 +238,27 @@ fn source(element: &BytesStart<'_>) -> Option<DiskSource> {
 fn attribute(element: &BytesStart<'_>, name: &str) -> Option<String> {
     let attribute = element.try_get_attribute(name).ok()??;
     Some(attribute.normalized_value(quick_xml::XmlVersion::Implicit1_0).ok()?.into_owned())
+}
+
+/// The disks in a domain's XML.
+fn attached(connection: &Connect, domain: &str, xml: &str) -> Vec<AttachedDisk> {
+    let sources = disk_sources(xml).into_iter();
+    let disks = sources.filter_map(|(source, is_qcow2)| {
+        let path = match source {
+            DiskSource::Path(path) => path,
+            DiskSource::Volume { pool, volume } => volume_path(connection, &pool, &volume)?,
+        };
+        Some(AttachedDisk { domain: domain.to_owned(), path: PathBuf::from(path), is_qcow2 })
+    });
+    disks.collect()
+}
+
+/// Where a volume of a pool is. A pool that is not started, or was not read since, does not say: then it lies in its
+/// directory.
+fn volume_path(connection: &Connect, pool: &str, volume: &str) -> Option<String> {
+    let pool = connection.lookup_storage_pool_by_name(pool).ok()?;
+    let known = pool.lookup_storage_vol_by_name(volume).and_then(|volume| volume.path());
+    known.ok().or_else(|| Some(format!("{}/{volume}", target_path(&pool.xml_desc(0).ok()?)?)))
 }
 
 /// The text of `<target><path>` in a pool's XML.
