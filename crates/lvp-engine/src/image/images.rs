@@ -257,7 +257,7 @@ impl Images {
         if let Some(entry) = &resolved.cached {
             return self.hit(entry.clone(), resolved).await;
         }
-        let lead = match self.shared.flights.join(&resolved.key(), progress).await? {
+        let lead = match self.shared.flights.join(&resolved.key(), &resolved.wanted.url, progress).await? {
             Joined::Lead(lead) => lead,
             Joined::Done(entry) => return self.hit(entry, resolved).await,
         };
