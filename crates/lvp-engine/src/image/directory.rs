@@ -283,10 +283,11 @@ impl Directory {
 
     /// Writes and removes a small file, to see whether that works.
     pub fn probe(&self) -> Result<()> {
-        let path = self.private.join("probe.partial");
-        std::fs::write(&path, b"lvp")
-            .and_then(|()| std::fs::remove_file(&path))
-            .map_err(|error| could_not("writing to", &self.private, error))
+        let path = self.private.join(format!("probe-{}.partial", uuid::Uuid::new_v4()));
+        let written = std::fs::write(&path, b"lvp");
+        // Also where only its name was made, as on a file system that is full.
+        let removed = std::fs::remove_file(&path);
+        written.and(removed).map_err(|error| could_not("writing to", &self.private, error))
     }
 }
 
