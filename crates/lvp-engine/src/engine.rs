@@ -486,6 +486,9 @@ async fn sweep_always(
     found: watch::Sender<Vec<Left>>,
 ) {
     loop {
+        if let Err(error) = services.images.sweep().await {
+            tracing::warn!(error = %error.chain(), "what downloads left in the cache was not looked for");
+        }
         let left = provision::sweep(&services, &runner, grace).await;
         let interval = if left.is_empty() { SWEEP_INTERVAL } else { SWEEP_AGAIN };
         found.send_replace(left);

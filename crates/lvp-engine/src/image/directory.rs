@@ -35,7 +35,7 @@ use crate::{
 const PRIVATE: &str = ".lvp";
 /// How the name of an image ends that was set aside.
 const CORRUPT: &str = ".corrupt";
-/// What an interrupted run left of a download is kept so long for its job to come back.
+/// What an interrupted run left of a download is kept so long for a job to go on with it.
 const LEFT_FOR: Duration = Duration::from_secs(24 * 60 * 60);
 /// Longest stem of an image's name, in bytes: with digest, format and `.json` it stays far below 255.
 const LONGEST_STEM: usize = 80;
@@ -281,7 +281,7 @@ impl Directory {
         Ok(facts.f_bavail.saturating_mul(facts.f_frsize))
     }
 
-    /// Writes and removes a small file, to see whether that works.
+    /// Writes and removes a small file, to see whether that works. It has a name of its own: others look at the same time.
     pub fn probe(&self) -> Result<()> {
         let path = self.private.join(format!("probe-{}.partial", uuid::Uuid::new_v4()));
         let written = std::fs::write(&path, b"lvp");
@@ -292,7 +292,7 @@ impl Directory {
 }
 
 /// Whether a partial download is worth keeping for the job that will come back for it.
-fn can_be_continued(path: &Path) -> bool {
+pub(super) fn can_be_continued(path: &Path) -> bool {
     let changed = path.metadata().and_then(|metadata| metadata.modified());
     let age = changed.map(|changed| SystemTime::now().duration_since(changed).unwrap_or_default());
     age.is_ok_and(|age| age < LEFT_FOR) && partial::can_be_continued(path)

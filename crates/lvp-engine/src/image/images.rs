@@ -490,6 +490,15 @@ impl Images {
         Ok(())
     }
 
+    /// Removes what interrupted downloads left, where nobody came back for it in a day.
+    pub async fn sweep(&self) -> Result<()> {
+        self.with_index(|index| {
+            index.sweep();
+            Ok(())
+        })
+        .await
+    }
+
     /// Whether the cache can be used.
     pub async fn check(&self) -> Check {
         let name = "cache".to_owned();

@@ -20,7 +20,7 @@ use jiff::Timestamp;
 use lvp_api::{ByteSize, Digest, DigestAlgorithm, ErrorCode, Image};
 
 use super::{
-    directory::Directory,
+    directory::{Directory, can_be_continued},
     entry::{Entry, Record},
     partial,
     sidecar::{Published, Sidecar, SourceRecord},
@@ -64,7 +64,7 @@ struct State {
 pub struct Usage {
     /// Images.
     pub images: usize,
-    /// The size of all images.
+    /// The size of all images, and of what interrupted downloads left.
     pub used_bytes: u64,
     /// What downloads under way have reserved.
     pub reserved_bytes: u64,
@@ -321,6 +321,18 @@ impl Index {
         path
     }
 
+    /// Removes what interrupted downloads left, where nobody came back for it in its time.
+    pub fn sweep(&self) {
+        self.state().left.retain(|left| {
+            let is_kept = can_be_continued(left);
+            if !is_kept {
+                tracing::info!(file = %left.display(), "removing what an interrupted download left: nobody goes on with it");
+                partial::discard(left);
+            }
+            is_kept
+        });
+    }
+
     /// Reserves space for a download, of which so much is there already; says also how many images had to go.
     ///
     /// # Errors
@@ -347,9 +359,8 @@ impl Index {
     pub fn refuse_full(&self, bytes: u64) -> Result<()> {
         let state = self.state();
         self.ledger.at(&self.place, |room| {
-            let left: u64 = state.left.iter().filter_map(|path| path.metadata().ok()).map(|facts| facts.len()).sum();
             let evictable = idle(&state).iter().map(|image| image.size).sum::<u64>();
-            if self.lack(&state, room, bytes)? <= evictable.saturating_add(left) {
+            if self.lack(&state, room, bytes)? <= evictable.saturating_add(state.left()) {
                 return Ok(());
             }
             Err(self.full(&state, room, bytes, (evictable, &Asked::default()))?)
@@ -448,8 +459,15 @@ impl Index {
 }
 
 impl State {
+    /// What lies in the cache and is not being written.
     fn used(&self) -> u64 {
-        self.records.values().map(|record| record.sidecar().size).sum()
+        let images: u64 = self.records.values().map(|record| record.sidecar().size).sum();
+        images.saturating_add(self.left())
+    }
+
+    /// What interrupted downloads left.
+    fn left(&self) -> u64 {
+        self.left.iter().filter_map(|path| path.metadata().ok()).map(|facts| facts.len()).sum()
     }
 
     fn reserved(&self) -> u64 {
