@@ -49,6 +49,7 @@ pub async fn to_device(wanted: ToDevice) -> Result<Populated> {
         pool: None,
         source: sources.clone(),
         ledger: Ledger::default(),
+        users: provision::file_users(None),
     })
     .await?;
     let targets = Targets::new(BTreeMap::new(), LockRetry { attempts: 0, backoff: Vec::new() });

@@ -105,6 +105,7 @@ impl Engine {
             pool,
             source: settings.sources.clone(),
             ledger: ledger.clone(),
+            users: provision::file_users(libvirt.clone()),
         })
         .await?;
         let mut limits = Limits::new(settings.download_limit, settings.write_limit);
@@ -487,6 +488,9 @@ async fn sweep_always(
     found: watch::Sender<Vec<Left>>,
 ) {
     loop {
+        if let Err(error) = services.images.sweep().await {
+            tracing::warn!(error = %error.chain(), "what downloads left in the cache was not looked for");
+        }
         let left = provision::sweep(&services, &runner, grace).await;
         let interval = if left.is_empty() { SWEEP_INTERVAL } else { SWEEP_AGAIN };
         found.send_replace(left);

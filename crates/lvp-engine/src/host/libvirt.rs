@@ -1,4 +1,4 @@
-//! The connection to libvirt: the storage pool of the image cache, and the disks of domains that run or are suspended to disk.
+//! The connection to libvirt: the storage pool of the image cache, and the disks of domains.
 //!
 //! Every call opens its own connection in its own thread and gives up after a limit, because a libvirtd that hangs
 //! must not hang a job (libvirt's client has no time-out of its own). As long as it hangs, it is not asked the same again and again.
@@ -16,7 +16,7 @@ use quick_xml::{
     Reader,
     events::{BytesStart, Event},
 };
-use virt::{connect::Connect, sys};
+use virt::{connect::Connect, error::ErrorNumber, sys};
 
 use super::outstanding::Outstanding;
 use crate::error::{Error, Result};
@@ -34,7 +34,7 @@ const DOMAINS: [(u32, bool); 2] = [
     (sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE, false),
 ];
 
-/// A disk of a domain that is active (running or paused) or saved.
+/// A disk of a domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AttachedDisk {
     /// The domain's name.
@@ -84,15 +84,31 @@ impl Libvirt {
                 for domain in connection.list_all_domains(which)? {
                     // A domain that ends between the list and this has no disks in use.
                     let (Ok(name), Ok(xml)) = (domain.name(), domain.xml_desc(0)) else { continue };
-                    let paths = disk_sources(&xml)
-                        .into_iter()
-                        .filter_map(|(source, is_qcow2)| Some((source.path(connection)?, is_qcow2)));
-                    disks.extend(paths.map(|(path, is_qcow2)| AttachedDisk {
-                        domain: name.clone(),
-                        is_saved,
-                        path,
-                        is_qcow2,
-                    }));
+                    let own = attached(connection, &name, &xml).into_iter();
+                    disks.extend(own.map(|disk| AttachedDisk { is_saved, ..disk }));
+                }
+            }
+            Ok(disks)
+        })
+    }
+
+    /// The disks of all domains, active or not, as they are and as they will be at the next start. Of a domain that does
+    /// not run, only the disks themselves are named, and not what is below. Blocks.
+    ///
+    /// # Errors
+    /// `libvirt_unavailable`, also where one domain alone cannot be read.
+    pub fn all_disks(&self) -> Result<Vec<AttachedDisk>> {
+        self.call("listing the disks of all domains", |connection| {
+            let mut disks = Vec::new();
+            for domain in connection.list_all_domains(0)? {
+                let name = domain.name()?;
+                for form in [0, sys::VIR_DOMAIN_XML_INACTIVE] {
+                    match domain.xml_desc(form) {
+                        Ok(xml) => disks.extend(attached(connection, &name, &xml)),
+                        // It was undefined since the list was made.
+                        Err(error) if error.code() == ErrorNumber::NoDomain.into() => {}
+                        Err(error) => return Err(error),
+                    }
                 }
             }
             Ok(disks)
@@ -194,19 +210,6 @@ enum DiskSource {
     Volume { pool: String, volume: String },
 }
 
-impl DiskSource {
-    /// Where that is now; a volume of a pool is asked for. `None` where there is none.
-    fn path(self, connection: &Connect) -> Option<PathBuf> {
-        match self {
-            Self::Path(path) => Some(path.into()),
-            Self::Volume { pool, volume } => {
-                let pool = connection.lookup_storage_pool_by_name(&pool).ok()?;
-                Some(pool.lookup_storage_vol_by_name(&volume).ok()?.path().ok()?.into())
-            }
-        }
-    }
-}
-
 /// The elements that have a source and its format: a disk, what it shows below, and where it is being moved to.
 const LINKS: [&str; 3] = ["disk", "backingStore", "mirror"];
 
@@ -259,6 +262,27 @@ fn source(element: &BytesStart<'_>) -> Option<DiskSource> {
 fn attribute(element: &BytesStart<'_>, name: &str) -> Option<String> {
     let attribute = element.try_get_attribute(name).ok()??;
     Some(attribute.normalized_value(quick_xml::XmlVersion::Implicit1_0).ok()?.into_owned())
+}
+
+/// The disks in a domain's XML.
+fn attached(connection: &Connect, domain: &str, xml: &str) -> Vec<AttachedDisk> {
+    let sources = disk_sources(xml).into_iter();
+    let disks = sources.filter_map(|(source, is_qcow2)| {
+        let path = match source {
+            DiskSource::Path(path) => path,
+            DiskSource::Volume { pool, volume } => volume_path(connection, &pool, &volume)?,
+        };
+        Some(AttachedDisk { domain: domain.to_owned(), is_saved: false, path: PathBuf::from(path), is_qcow2 })
+    });
+    disks.collect()
+}
+
+/// Where a volume of a pool is. A pool that is not started, or was not read since, does not say: then it lies in its
+/// directory.
+fn volume_path(connection: &Connect, pool: &str, volume: &str) -> Option<String> {
+    let pool = connection.lookup_storage_pool_by_name(pool).ok()?;
+    let known = pool.lookup_storage_vol_by_name(volume).and_then(|volume| volume.path());
+    known.ok().or_else(|| Some(format!("{}/{volume}", target_path(&pool.xml_desc(0).ok()?)?)))
 }
 
 /// The text of `<target><path>` in a pool's XML.

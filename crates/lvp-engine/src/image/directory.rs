@@ -7,7 +7,7 @@
 //!      lock                          held while the cache is open; holds the owner's process id
 //!      <image name>.json             sidecar
 //!      <key>.partial (.json)         a download under way, or left by an interrupted run
-//!      <image name>.corrupt          an image that lost its digest; removed at the next start
+//!      <image name>.corrupt          an image that lost its digest; removed at the next start, if nobody uses it
 //! ```
 //! A file without a sidecar is not ours and never touched. A file whose size is not its sidecar's was changed by someone
 //! else: the sidecar goes, the file stays, and is not ours from then on. It leaves out what is evicted when: see `index`.
@@ -24,7 +24,7 @@ use std::{
 use lvp_api::{Digest, ErrorCode, ImageFormat};
 use rustix::fs::{CWD, RenameFlags};
 
-use super::{full::could_not, partial, sidecar::Sidecar};
+use super::{full::could_not, partial, sidecar::Sidecar, users::Users};
 use crate::{
     error::{Error, Result},
     fault,
@@ -33,7 +33,9 @@ use crate::{
 
 /// The directory for everything that is not an image.
 const PRIVATE: &str = ".lvp";
-/// What an interrupted run left of a download is kept so long for its job to come back.
+/// How the name of an image ends that was set aside.
+const CORRUPT: &str = ".corrupt";
+/// What an interrupted run left of a download is kept so long for a job to go on with it.
 const LEFT_FOR: Duration = Duration::from_secs(24 * 60 * 60);
 /// Longest stem of an image's name, in bytes: with digest, format and `.json` it stays far below 255.
 const LONGEST_STEM: usize = 80;
@@ -88,8 +90,9 @@ impl Directory {
     }
 
     /// Finds the images and the downloads that can be continued, and removes everything else that an interrupted run left.
-    pub fn scan(&self) -> Result<Found> {
+    pub fn scan(&self, users: &Users) -> Result<Found> {
         let mut found = Found { images: Vec::new(), left: Vec::new() };
+        let mut corrupt = Vec::new();
         let listing = std::fs::read_dir(&self.private).map_err(|error| Error::io("reading", &self.private, error))?;
         for item in listing {
             let path = item.map_err(|error| Error::io("reading", &self.private, error))?.path();
@@ -97,7 +100,9 @@ impl Directory {
             let ends = |endings: &[&str]| endings.iter().any(|ending| file_name.ends_with(ending));
             if ends(&[".partial"]) && can_be_continued(&path) {
                 found.left.push(path);
-            } else if ends(&[".partial", ".corrupt", ".json.new"]) || is_orphan(&path) {
+            } else if ends(&[CORRUPT]) {
+                corrupt.push(path);
+            } else if ends(&[".partial", ".json.new"]) || is_orphan(&path) {
                 tracing::info!(file = %path.display(), "removing what an earlier run left");
                 partial::discard(&path);
             } else if !ends(&[".partial.json"])
@@ -107,7 +112,39 @@ impl Directory {
                 found.images.push((name.to_owned(), sidecar));
             }
         }
+        self.remove_corrupt(&corrupt, users);
         Ok(found)
+    }
+
+    /// Removes the images that were set aside and that nobody uses. The rest waits for the next start.
+    fn remove_corrupt(&self, files: &[PathBuf], users: &Users) {
+        if files.is_empty() {
+            return;
+        }
+        let look = users.look();
+        for file in files {
+            let name = file.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(CORRUPT));
+            // A domain that was shut off when it was set aside has it by the name that it had.
+            let names = [Some(file.clone()), name.map(|name| self.path.join(name))];
+            let asked = look.as_ref().map_err(Error::chain).and_then(|look| {
+                let users = names.iter().flatten().map(|path| look(path)).collect::<Result<Vec<_>>>();
+                users.map(|users| users.concat()).map_err(|error| error.chain())
+            });
+            match asked {
+                Ok(users) if users.is_empty() => {
+                    tracing::info!(file = %file.display(), "removing a damaged image that an earlier run set aside");
+                    partial::discard(file);
+                }
+                Ok(users) => tracing::warn!(
+                    file = %file.display(), users = users.join("; "),
+                    "a damaged image is kept, because somebody uses it"
+                ),
+                Err(error) => tracing::warn!(
+                    file = %file.display(), error,
+                    "a damaged image is kept, because nobody knows who uses it"
+                ),
+            }
+        }
     }
 
     /// The sidecar of an image, if the two still belong together.
@@ -224,12 +261,16 @@ impl Directory {
         }
     }
 
-    /// Takes an image whose bytes are wrong out of use. It can be looked at until the next start.
+    /// Takes an image whose bytes are wrong out of use. It can be looked at until the next start. Never replaces a file:
+    /// where one of this name was set aside before, and is still used, this one stays where it is.
     pub fn quarantine(&self, name: &str) -> Result<PathBuf> {
-        let (image, aside) = (self.path.join(name), self.private.join(format!("{name}.corrupt")));
-        match std::fs::rename(&image, &aside) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("setting aside", &image, error)),
-            _ => self.forget(name).map(|()| aside),
+        let (image, aside) = (self.path.join(name), self.private.join(format!("{name}{CORRUPT}")));
+        match rename_new(&image, &aside) {
+            Ok(()) => self.forget(name).map(|()| aside),
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists) => {
+                self.forget(name).map(|()| image)
+            }
+            Err(error) => Err(Error::io("setting aside", &image, error)),
         }
     }
 
@@ -240,17 +281,18 @@ impl Directory {
         Ok(facts.f_bavail.saturating_mul(facts.f_frsize))
     }
 
-    /// Writes and removes a small file, to see whether that works.
+    /// Writes and removes a small file, to see whether that works. It has a name of its own: others look at the same time.
     pub fn probe(&self) -> Result<()> {
-        let path = self.private.join("probe.partial");
-        std::fs::write(&path, b"lvp")
-            .and_then(|()| std::fs::remove_file(&path))
-            .map_err(|error| could_not("writing to", &self.private, error))
+        let path = self.private.join(format!("probe-{}.partial", uuid::Uuid::new_v4()));
+        let written = std::fs::write(&path, b"lvp");
+        // Also where only its name was made, as on a file system that is full.
+        let removed = std::fs::remove_file(&path);
+        written.and(removed).map_err(|error| could_not("writing to", &self.private, error))
     }
 }
 
 /// Whether a partial download is worth keeping for the job that will come back for it.
-fn can_be_continued(path: &Path) -> bool {
+pub(super) fn can_be_continued(path: &Path) -> bool {
     let changed = path.metadata().and_then(|metadata| metadata.modified());
     let age = changed.map(|changed| SystemTime::now().duration_since(changed).unwrap_or_default());
     age.is_ok_and(|age| age < LEFT_FOR) && partial::can_be_continued(path)

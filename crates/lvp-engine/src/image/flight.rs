@@ -2,11 +2,13 @@
 //!
 //! ```text
 //!  join ──► nobody there ──────────────► Lead ──► publish ──► waiters get the same entry
-//!       └─► somebody leads ──► wait ──┐    ├────► fails ────► waiters get the same error
+//!       └─► somebody leads ──► wait ──┐    ├────► fails ────► waiters for whom that holds get the same error
 //!                   ▲                 │    └────► cancelled ─► the next waiter leads
 //!                   └── their turn ◄──┘
 //! ```
-//! A waiter takes only an outcome that came while it waited; what was before is not its answer.
+//! A waiter takes only an outcome that came while it waited; what was before is not its answer. One digest may be wanted from
+//! several places: what one of them did wrong says nothing of the others, so who named another place takes only errors that
+//! are about the image or the cache.
 //! It leaves out what a download is.
 
 use std::{
@@ -21,7 +23,7 @@ use std::{
 use lvp_api::{ErrorBody, ErrorCode};
 use tokio::sync::OwnedMutexGuard;
 
-use super::entry::Entry;
+use super::{entry::Entry, location::ImageUrl};
 use crate::{
     error::{Error, Result},
     progress::Progress,
@@ -45,12 +47,33 @@ struct Flight {
 
 struct Ended {
     at: Instant,
+    /// Where it was to come from.
+    source: ImageUrl,
     outcome: Outcome,
 }
 
 enum Outcome {
     Published(Entry),
     Failed(ErrorBody),
+}
+
+impl Ended {
+    /// Whether it is the answer for who wants the image from there. A signature is a part of the place: it may have expired.
+    fn holds_for(&self, source: &ImageUrl) -> bool {
+        match &self.outcome {
+            Outcome::Published(_) => true,
+            Outcome::Failed(body) => self.source == *source || is_of_any_source(body.error),
+        }
+    }
+}
+
+/// Whether an error is about what is in the image, or the room for it, and not about who sends it. Bytes with another digest
+/// are not the image's.
+fn is_of_any_source(code: ErrorCode) -> bool {
+    matches!(
+        code,
+        ErrorCode::ImageInvalid | ErrorCode::ImageRefused | ErrorCode::ImageTypeMismatch | ErrorCode::CacheFull
+    )
 }
 
 /// What a request finds.
@@ -64,6 +87,7 @@ pub(super) enum Joined {
 /// The right to download; the next waiter gets it when this is dropped.
 pub(super) struct Lead {
     flight: Arc<Flight>,
+    source: ImageUrl,
     turn: OwnedMutexGuard<Option<Ended>>,
 }
 
@@ -80,7 +104,7 @@ impl Flights {
     }
 
     /// Takes the lead, or waits for who has it, showing the leader's progress as this request's own.
-    pub async fn join(&self, key: &str, progress: &Progress) -> Result<Joined> {
+    pub async fn join(&self, key: &str, source: &ImageUrl, progress: &Progress) -> Result<Joined> {
         let flight = self.flight(key);
         let since = Instant::now();
         let mut turn = std::pin::pin!(flight.turn.clone().lock_owned());
@@ -95,12 +119,12 @@ impl Flights {
                 }
             }
         };
-        match turn.as_ref().filter(|ended| ended.at >= since).map(|ended| &ended.outcome) {
+        match turn.as_ref().filter(|ended| ended.at >= since && ended.holds_for(source)).map(|ended| &ended.outcome) {
             Some(Outcome::Published(entry)) => Ok(Joined::Done(entry.clone())),
             Some(Outcome::Failed(body)) => Err(Error::from(body.clone())),
             None => {
                 flight.bytes.store(0, Ordering::Relaxed);
-                Ok(Joined::Lead(Lead { flight, turn }))
+                Ok(Joined::Lead(Lead { flight, source: source.clone(), turn }))
             }
         }
     }
@@ -115,13 +139,17 @@ impl Lead {
 
     /// Gives the image to those who wait.
     pub fn publish(mut self, entry: &Entry) {
-        *self.turn = Some(Ended { at: Instant::now(), outcome: Outcome::Published(entry.clone()) });
+        self.end(Outcome::Published(entry.clone()));
     }
 
     /// Gives the error to those who wait; but a stop concerns this request only.
     pub fn fail(mut self, error: &Error) {
         if !matches!(error.code(), ErrorCode::Cancelled | ErrorCode::ShuttingDown) {
-            *self.turn = Some(Ended { at: Instant::now(), outcome: Outcome::Failed(error.to_body()) });
+            self.end(Outcome::Failed(error.to_body()));
         }
+    }
+
+    fn end(&mut self, outcome: Outcome) {
+        *self.turn = Some(Ended { at: Instant::now(), source: self.source.clone(), outcome });
     }
 }

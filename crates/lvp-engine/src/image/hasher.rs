@@ -1,10 +1,19 @@
 //! Digests of bytes as they come: SHA-256 and the chunk digests always, SHA-512 beside them when a request names one.
 //! It leaves out where the bytes come from.
 
+use std::{fs::File, io::Read, path::Path};
+
 use aws_lc_rs::digest::{Context, SHA256, SHA512, digest};
 use lvp_api::{Digest, DigestAlgorithm};
 
 use super::chunks::{ChunkHasher, Chunks};
+use crate::{
+    error::{Error, Result},
+    progress::Progress,
+};
+
+/// What is read of a file at once, in bytes.
+const FILE_CHUNK: usize = 1 << 20;
 
 /// A running hash of one image.
 pub(super) struct Hasher {
@@ -67,6 +76,25 @@ impl Digests {
 /// The SHA-256 of a short text, in hexadecimal.
 pub(super) fn sha256_hex(bytes: &[u8]) -> String {
     Digest::from_bytes(DigestAlgorithm::Sha256, digest(&SHA256, bytes).as_ref()).hex().to_owned()
+}
+
+/// The SHA-256 of a file. Blocks.
+///
+/// # Errors
+/// `input_output`, the stop of the job.
+pub(super) fn hash_file(path: &Path, progress: &Progress) -> Result<Digest> {
+    let failed = |error| Error::io("reading", path, error);
+    let mut file = File::open(path).map_err(failed)?;
+    let (mut hasher, mut buffer) = (Hasher::new(None), vec![0; FILE_CHUNK]);
+    loop {
+        progress.check()?;
+        let count = file.read(&mut buffer).map_err(failed)?;
+        if count == 0 {
+            return Ok(hasher.finish().sha256);
+        }
+        hasher.update(&buffer[..count]);
+        progress.advance(count as u64);
+    }
 }
 
 #[cfg(test)]

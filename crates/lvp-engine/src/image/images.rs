@@ -17,7 +17,7 @@
 //!
 //! It leaves out the gate (who fetches reads the format before it publishes) and when to verify.
 
-use std::{fs::File, io::Read, path::PathBuf, sync::Arc};
+use std::{fs::File, path::PathBuf, sync::Arc};
 
 use jiff::Timestamp;
 use lvp_api::{ByteSize, Check, Digest, ErrorCode, HealthStatus, Image, ImageFormat, ImageVerification, Stage};
@@ -28,7 +28,7 @@ use super::{
     entry::Entry,
     flight::{Flights, Joined, Lead},
     full::could_not,
-    hasher::{Digests, Hasher},
+    hasher::{Digests, hash_file},
     index::{Index, Reservation},
     location::ImageUrl,
     partial::{Origin, Partial},
@@ -36,6 +36,7 @@ use super::{
     settings::SourceSettings,
     sidecar::{Sidecar, SourceRecord},
     source::{Source, SourceInfo, Sources, blocking},
+    users::Users,
 };
 use crate::{
     error::{Error, Result},
@@ -46,8 +47,6 @@ use crate::{
     watermark::Watermark,
 };
 
-/// What a verification reads at once, in bytes.
-const VERIFY_CHUNK: usize = 1 << 20;
 /// Below this share of free space the cache deserves attention: one part in so many of what is used.
 const LOW_SPACE: u64 = 20;
 
@@ -64,6 +63,8 @@ pub struct ImageSettings {
     pub source: SourceSettings,
     /// Who counts on which space.
     pub ledger: Ledger,
+    /// Who knows which files others use.
+    pub users: Users,
 }
 
 /// An image that is asked for.
@@ -168,10 +169,10 @@ impl Images {
     /// # Errors
     /// `state_locked`, `input_output`, or `invalid_configuration` (certificate authorities).
     pub async fn open(settings: ImageSettings) -> Result<Self> {
-        let ImageSettings { directory, max_bytes, pool, source, ledger } = settings;
+        let ImageSettings { directory, max_bytes, pool, source, ledger, users } = settings;
         blocking(move || {
             let sources = Sources::new(source)?;
-            let index = Arc::new(Index::open(&directory, max_bytes, ledger)?);
+            let index = Arc::new(Index::open(&directory, max_bytes, ledger, users)?);
             Ok(Self { shared: Arc::new(Shared { index, flights: Flights::default(), sources, pool }) })
         })
         .await
@@ -256,7 +257,7 @@ impl Images {
         if let Some(entry) = &resolved.cached {
             return self.hit(entry.clone(), resolved).await;
         }
-        let lead = match self.shared.flights.join(&resolved.key(), progress).await? {
+        let lead = match self.shared.flights.join(&resolved.key(), &resolved.wanted.url, progress).await? {
             Joined::Lead(lead) => lead,
             Joined::Done(entry) => return self.hit(entry, resolved).await,
         };
@@ -401,7 +402,7 @@ impl Images {
     pub async fn verify(&self, entry: &Entry, progress: &Progress) -> Result<ImageVerification> {
         progress.enter(Stage::Verifying, entry.size());
         let (held, progress) = (entry.clone(), progress.clone());
-        let actual = blocking(move || hash_file(&held, &progress)).await?;
+        let actual = blocking(move || hash_file(held.path(), &progress)).await?;
         let expected = entry.digest();
         Ok(ImageVerification { name: entry.name().to_owned(), intact: expected == actual, expected, actual })
     }
@@ -427,7 +428,8 @@ impl Images {
         .await
     }
 
-    /// Takes an image whose bytes are wrong out of the cache, even while jobs use it.
+    /// Takes an image whose bytes are wrong out of the cache, even while jobs use it. The file is set aside; one that
+    /// others use or wrote to stays where it is, and is not lvp's any more.
     pub async fn quarantine(&self, entry: &Entry) -> Result<()> {
         let entry = entry.clone();
         self.with_index(move |index| index.quarantine(&entry)).await?;
@@ -468,15 +470,33 @@ impl Images {
         self.show(name_or_digest).await
     }
 
+    /// Refuses an image that may not be deleted now.
+    ///
+    /// # Errors
+    /// As [`Images::delete`].
+    pub async fn refuse_delete(&self, name_or_digest: &str) -> Result<()> {
+        let text = name_or_digest.to_owned();
+        self.with_index(move |index| index.refuse_delete(&text).map(drop)).await
+    }
+
     /// Deletes an image.
     ///
     /// # Errors
-    /// `image_not_found`, `image_pinned`, `image_in_use`.
+    /// `image_not_found`, `image_pinned`, `image_in_use`; `libvirt_unavailable`, because then nobody knows who uses it.
     pub async fn delete(&self, name_or_digest: &str) -> Result<()> {
         let text = name_or_digest.to_owned();
         self.with_index(move |index| index.delete(&text)).await?;
         self.refresh_pool().await;
         Ok(())
+    }
+
+    /// Removes what interrupted downloads left, where nobody came back for it in a day.
+    pub async fn sweep(&self) -> Result<()> {
+        self.with_index(|index| {
+            index.sweep();
+            Ok(())
+        })
+        .await
     }
 
     /// Whether the cache can be used.
@@ -567,20 +587,4 @@ fn check_digest(expected: &Digest, digests: &Digests, url: &ImageUrl) -> Result<
     .detail("expected", expected.to_string())
     .detail("actual", actual.to_string())
     .hint("the image or its published checksum is wrong or was replaced: compare both with where they come from"))
-}
-
-fn hash_file(entry: &Entry, progress: &Progress) -> Result<Digest> {
-    let failed = |error| Error::io("reading", entry.path(), error);
-    let mut file = File::open(entry.path()).map_err(failed)?;
-    let (mut hasher, mut buffer) = (Hasher::new(None), vec![0; VERIFY_CHUNK]);
-    loop {
-        progress.check()?;
-        let count = file.read(&mut buffer).map_err(failed)?;
-        if count == 0 {
-            let digests = hasher.finish();
-            return Ok(digests.sha256);
-        }
-        hasher.update(&buffer[..count]);
-        progress.advance(count as u64);
-    }
 }

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   reserve ──► (evict the least recently used idle images) ──► Reservation ──► publish: it becomes an image
-//!                                                                    └────────► dropped: the space is free again
+//!                  │                     ▲                           └────────► dropped: the space is free again
+//!                  └─► who uses them? ───┘   asked without the lock, once per reservation; who is used stays
 //! ```
 //! Two downloads never count on the same space: what is reserved counts as used, and what of it is not written yet is
 //! promised (`space`), to downloads and to volumes on the same file system alike. It leaves out sources and downloads.
@@ -19,11 +20,12 @@ use jiff::Timestamp;
 use lvp_api::{ByteSize, Digest, DigestAlgorithm, ErrorCode, Image};
 
 use super::{
-    directory::Directory,
+    directory::{Directory, can_be_continued},
     entry::{Entry, Record},
     partial,
-    sidecar::{Sidecar, SourceRecord},
+    sidecar::{Published, Sidecar, SourceRecord},
     source::SourceInfo,
+    users::{Asked, Users},
 };
 use crate::{
     error::{Error, Result},
@@ -40,6 +42,8 @@ pub(super) struct Index {
     ledger: Ledger,
     /// The file system of the directory.
     place: Place,
+    /// Who knows which of them others use.
+    users: Users,
     state: Mutex<State>,
     /// One image appears at a time, so that two downloads of the same bytes become one image.
     publishing: Mutex<()>,
@@ -60,7 +64,7 @@ struct State {
 pub struct Usage {
     /// Images.
     pub images: usize,
-    /// The size of all images.
+    /// The size of all images, and of what interrupted downloads left.
     pub used_bytes: u64,
     /// What downloads under way have reserved.
     pub reserved_bytes: u64,
@@ -72,15 +76,15 @@ pub struct Usage {
 
 impl Index {
     /// Opens a directory and finds what is in it.
-    pub fn open(path: &Path, max_bytes: Option<u64>, ledger: Ledger) -> Result<Self> {
+    pub fn open(path: &Path, max_bytes: Option<u64>, ledger: Ledger, users: Users) -> Result<Self> {
         let directory = Directory::open(path)?;
         let place = Place::of(path)?;
-        let found = directory.scan()?;
+        let found = directory.scan(&users)?;
         let mut state = State { left: found.left, ..State::default() };
         for (name, sidecar) in found.images {
             state.records.insert(name.clone(), Record::new(path, name, sidecar));
         }
-        Ok(Self { directory, max_bytes, ledger, place, state: Mutex::new(state), publishing: Mutex::new(()) })
+        Ok(Self { directory, max_bytes, ledger, place, users, state: Mutex::new(state), publishing: Mutex::new(()) })
     }
 
     pub fn directory(&self) -> &Directory {
@@ -200,38 +204,76 @@ impl Index {
     }
 
     /// Removes an image that is neither pinned nor in use.
+    ///
+    /// # Errors
+    /// Those of [`Index::refuse_delete`].
     pub fn delete(&self, text: &str) -> Result<()> {
-        let name = self.find(text)?.name().to_owned();
+        let name = self.refuse_delete(text)?;
         let mut state = self.state();
         let Some(record) = state.records.get(&name) else { return Ok(()) };
-        if record.sidecar().pinned {
-            return Err(
-                Error::new(ErrorCode::ImagePinned, format!("the cached image {name} is pinned")).hint("unpin it first")
-            );
-        }
-        if in_use(record) {
-            return Err(Error::new(ErrorCode::ImageInUse, format!("a running job uses the cached image {name}"))
-                .hint("wait for the job to end, or cancel it"));
-        }
+        refuse_held(record)?;
         self.directory.remove(&name)?;
         state.records.remove(&name);
         Ok(())
     }
 
-    /// Takes an image whose bytes are wrong out of the cache, in use or not.
+    /// Refuses an image that may not be deleted now, and gives the name of one that may.
+    ///
+    /// # Errors
+    /// `image_not_found`, `image_pinned`, `image_in_use` with who uses it; `libvirt_unavailable`.
+    pub fn refuse_delete(&self, text: &str) -> Result<String> {
+        let found = self.find(text)?.record;
+        let (name, path) = (found.name.clone(), found.path.clone());
+        drop(found);
+        self.state().records.get(&name).map_or(Ok(()), refuse_held)?;
+        let users = self.users.look()?(&path)?;
+        if users.is_empty() {
+            return Ok(name);
+        }
+        let message = format!("the cached image {name} is in use: {}", users.join("; "));
+        Err(Error::new(ErrorCode::ImageInUse, message)
+            .hint("what uses it would lose its disk: give it a copy, or remove it first")
+            .detail("users", users))
+    }
+
+    /// Takes an image whose bytes are wrong out of the cache, in use by jobs or not. The file is set aside; one that others
+    /// use or wrote to stays, and is theirs.
     pub fn quarantine(&self, entry: &Entry) -> Result<()> {
-        let mut state = self.state();
-        let listed = state.records.get(entry.name());
-        if !listed.is_some_and(|record| Arc::ptr_eq(record, &entry.record)) {
+        if !self.is_listed(&self.state(), entry) {
             return Ok(());
         }
-        let aside = self.directory.quarantine(entry.name())?;
-        state.records.remove(entry.name());
-        tracing::error!(
-            image = entry.name(), file = %aside.display(),
-            "a cached image does not have its digest any more and was taken out of use"
-        );
+        let theirs = self.why_theirs(entry);
+        let mut state = self.state();
+        if !self.is_listed(&state, entry) {
+            return Ok(());
+        }
+        let (name, digest_lost) = (entry.name(), "a cached image does not have its digest any more");
+        if let Some(why) = theirs {
+            self.directory.forget(name)?;
+            tracing::error!(image = name, why, "{digest_lost}; its file is left alone and not used any more");
+        } else {
+            let aside = self.directory.quarantine(name)?;
+            tracing::error!(image = name, file = %aside.display(), "{digest_lost} and was taken out of use");
+        }
+        state.records.remove(name);
         Ok(())
+    }
+
+    fn is_listed(&self, state: &State, entry: &Entry) -> bool {
+        state.records.get(entry.name()).is_some_and(|record| Arc::ptr_eq(record, &entry.record))
+    }
+
+    /// Why the file of a damaged image is somebody else's by now; none where its disk alone can have spoiled it.
+    fn why_theirs(&self, entry: &Entry) -> Option<String> {
+        let facts = entry.path().symlink_metadata().ok()?;
+        if entry.record.sidecar().is_changed(&facts) {
+            return Some("somebody wrote to it".to_owned());
+        }
+        match self.users.look().and_then(|look| look(entry.path())) {
+            Ok(users) if users.is_empty() => None,
+            Ok(users) => Some(users.join("; ")),
+            Err(error) => Some(format!("nobody knows who uses it: {}", error.chain())),
+        }
     }
 
     /// The image that has the bytes of a complete download already; notes what the download knows of it.
@@ -261,6 +303,8 @@ impl Index {
         }
         let mut sidecar = sidecar;
         sidecar.see(seen);
+        let facts = partial.symlink_metadata().map_err(|error| Error::io("looking at", partial, error))?;
+        sidecar.published = Some(Published::of(&facts));
         let name = self.directory.publish(partial, file_name, &sidecar)?;
         let record = Record::new(self.directory.path(), name.clone(), sidecar);
         let entry = Entry { record: record.clone() };
@@ -277,32 +321,35 @@ impl Index {
         path
     }
 
+    /// Removes what interrupted downloads left, where nobody came back for it in its time.
+    pub fn sweep(&self) {
+        self.state().left.retain(|left| {
+            let is_kept = can_be_continued(left);
+            if !is_kept {
+                tracing::info!(file = %left.display(), "removing what an interrupted download left: nobody goes on with it");
+                partial::discard(left);
+            }
+            is_kept
+        });
+    }
+
     /// Reserves space for a download, of which so much is there already; says also how many images had to go.
     ///
     /// # Errors
-    /// `cache_full` with the figures, and then no image was evicted.
+    /// `cache_full` with the figures, and then no image was evicted; `libvirt_unavailable`, when an image would have to go and
+    /// nobody knows which ones domains use.
     pub fn reserve(self: &Arc<Self>, bytes: u64, written: u64) -> Result<(Reservation, usize)> {
         let mut state = self.state();
-        let (id, evicted) = self.ledger.at(&self.place, |room| {
-            let id = state.next_reservation;
-            state.next_reservation += 1;
-            // So that what is there counts once.
-            let promise = room.promise(written);
-            promise.set_taken(written);
-            state.reservations.insert(id, promise);
-            match self.make_room(&mut state, room, bytes.saturating_sub(written)) {
-                Ok(evicted) => {
-                    state.reservations.get(&id).into_iter().for_each(|promise| promise.raise(bytes));
-                    Ok((id, evicted))
-                }
-                Err(error) => {
-                    state.reservations.remove(&id);
-                    Err(error)
-                }
-            }
-        })?;
+        let id = state.next_reservation;
+        state.next_reservation += 1;
+        // So that what is there counts once.
+        let promise = self.ledger.at(&self.place, |room| room.promise(written));
+        promise.set_taken(written);
+        state.reservations.insert(id, promise);
         drop(state);
-        Ok((Reservation { index: self.clone(), id }, evicted))
+        let reservation = Reservation { index: self.clone(), id };
+        let evicted = reservation.ensure(bytes)?;
+        Ok((reservation, evicted))
     }
 
     /// Refuses a download of so many bytes for which there would be no room. Nothing is reserved, and nobody goes.
@@ -312,19 +359,19 @@ impl Index {
     pub fn refuse_full(&self, bytes: u64) -> Result<()> {
         let state = self.state();
         self.ledger.at(&self.place, |room| {
-            let left: u64 = state.left.iter().filter_map(|path| path.metadata().ok()).map(|facts| facts.len()).sum();
-            let evictable = idle(&state).iter().map(|(_, size, _)| size).sum::<u64>();
-            if self.lack(&state, room, bytes)? <= evictable.saturating_add(left) {
+            let evictable = idle(&state).iter().map(|image| image.size).sum::<u64>();
+            if self.lack(&state, room, bytes)? <= evictable.saturating_add(state.left()) {
                 return Ok(());
             }
-            Err(self.full(&state, room, bytes, evictable)?)
+            Err(self.full(&state, room, bytes, (evictable, &Asked::default()))?)
         })
     }
 
-    /// Evicts until `more` bytes fit the limit and the file system; first what interrupted downloads left.
-    fn make_room(&self, state: &mut State, room: &mut Room, more: u64) -> Result<usize> {
+    /// Evicts until `more` bytes fit the limit and the file system; first what interrupted downloads left. Gives the images
+    /// of which it must be known first whether others use them: none when there is room.
+    fn make_room(&self, state: &mut State, room: &mut Room, more: u64, asked: &mut Asked) -> Result<Vec<Idle>> {
         if more == 0 {
-            return Ok(0);
+            return Ok(Vec::new());
         }
         while self.lack(state, room, more)? > 0
             && let Some(left) = state.left.pop()
@@ -332,25 +379,42 @@ impl Index {
             tracing::info!(file = %left.display(), "removing what an interrupted download left, to make room");
             partial::discard(&left);
         }
-        let idle = idle(state);
-        let evictable: u64 = idle.iter().map(|(_, size, _)| size).sum();
+        let mut idle = idle(state);
+        idle.retain(|image| !asked.used.contains_key(&image.name));
+        let evictable: u64 = idle.iter().map(|image| image.size).sum();
         let mut lack = self.lack(state, room, more)?;
         if lack > evictable {
-            return Err(self.full(state, room, more, evictable)?);
+            return Err(self.full(state, room, more, (evictable, asked))?);
         }
-        let mut evicted = 0;
+        let mut unknown = Vec::new();
+        let mut gained = 0;
+        for image in &idle {
+            if gained < lack && !asked.free.contains(&image.name) {
+                unknown.push(image.clone());
+            }
+            gained += image.size;
+        }
         let mut oldest_first = idle.into_iter();
-        while lack > 0 {
-            let Some((last_used_at, size, name)) = oldest_first.next() else {
-                return Err(self.full(state, room, more, 0)?);
-            };
-            self.directory.remove(&name)?;
-            state.records.remove(&name);
-            evicted += 1;
-            tracing::info!(image = name, size, %last_used_at, "evicted a cached image to make room");
-            lack = self.lack(state, room, more)?;
+        while unknown.is_empty() && lack > 0 {
+            match oldest_first.next() {
+                Some(image) if asked.free.contains(&image.name) => {
+                    self.evict(state, &image)?;
+                    asked.evicted += 1;
+                    lack = self.lack(state, room, more)?;
+                }
+                Some(image) => unknown.push(image),
+                None => return Err(self.full(state, room, more, (0, asked))?),
+            }
         }
-        Ok(evicted)
+        Ok(unknown)
+    }
+
+    fn evict(&self, state: &mut State, image: &Idle) -> Result<()> {
+        let Idle { last_used_at, size, name, .. } = image;
+        self.directory.remove(name)?;
+        state.records.remove(name);
+        tracing::info!(image = name, size, %last_used_at, "evicted a cached image to make room");
+        Ok(())
     }
 
     /// How many bytes are missing for `more`.
@@ -362,17 +426,18 @@ impl Index {
         Ok(over_limit.max(taken.saturating_sub(self.directory.free()?)))
     }
 
-    fn full(&self, state: &State, room: &mut Room, more: u64, evictable: u64) -> Result<Error> {
+    fn full(&self, state: &State, room: &mut Room, more: u64, (evictable, asked): (u64, &Asked)) -> Result<Error> {
         let (promised, kept) = (room.promised(), room.kept());
         let free = self.directory.free()?;
         let reserved = state.reserved();
         let limit = self.max_bytes.map_or_else(|| "no limit".to_owned(), |limit| format!("limit {}", ByteSize(limit)));
         let kept = if kept > 0 { format!(" and {} are kept free", ByteSize(kept)) } else { String::new() };
+        let used: String = asked.used.iter().map(|(name, users)| format!("; {name} stays: {users}")).collect();
         let error = Error::new(
             ErrorCode::CacheFull,
             format!(
                 "the image cache {} has no room for {}: {limit}, {} in images, {} reserved by other downloads, {} could \
-                 be evicted, {} free on the file system, of which running jobs will still take {}{kept}",
+                 be evicted, {} free on the file system, of which running jobs will still take {}{kept}{used}",
                 self.directory.path().display(),
                 ByteSize(more),
                 ByteSize(state.used()),
@@ -394,8 +459,15 @@ impl Index {
 }
 
 impl State {
+    /// What lies in the cache and is not being written.
     fn used(&self) -> u64 {
-        self.records.values().map(|record| record.sidecar().size).sum()
+        let images: u64 = self.records.values().map(|record| record.sidecar().size).sum();
+        images.saturating_add(self.left())
+    }
+
+    /// What interrupted downloads left.
+    fn left(&self) -> u64 {
+        self.left.iter().filter_map(|path| path.metadata().ok()).map(|facts| facts.len()).sum()
     }
 
     fn reserved(&self) -> u64 {
@@ -403,17 +475,42 @@ impl State {
     }
 }
 
-/// The images that may go, the one that was not used for longest first: when it was used, its size and its name.
-fn idle(state: &State) -> Vec<(Timestamp, u64, String)> {
+/// An image that no job uses and nobody pinned. The one that was not used for longest is the first.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Idle {
+    last_used_at: Timestamp,
+    size: u64,
+    name: String,
+    path: PathBuf,
+}
+
+/// The images that may go, in the order in which they go, unless others use them.
+fn idle(state: &State) -> Vec<Idle> {
     let candidates = state.records.values().filter(|record| !in_use(record));
     let mut idle: Vec<_> = candidates
         .filter_map(|record| {
             let sidecar = record.sidecar();
-            (!sidecar.pinned).then(|| (sidecar.last_used_at, sidecar.size, record.name.clone()))
+            let (last_used_at, size) = (sidecar.last_used_at, sidecar.size);
+            let (name, path) = (record.name.clone(), record.path.clone());
+            (!sidecar.pinned).then_some(Idle { last_used_at, size, name, path })
         })
         .collect();
     idle.sort();
     idle
+}
+
+/// Refuses an image that is pinned, or that a job uses.
+fn refuse_held(record: &Arc<Record>) -> Result<()> {
+    let name = &record.name;
+    if record.sidecar().pinned {
+        let error = Error::new(ErrorCode::ImagePinned, format!("the cached image {name} is pinned"));
+        return Err(error.hint("unpin it first"));
+    }
+    if in_use(record) {
+        let error = Error::new(ErrorCode::ImageInUse, format!("a running job uses the cached image {name}"));
+        return Err(error.hint("wait for the job to end, or cancel it"));
+    }
+    Ok(())
 }
 
 /// Whether an entry lives. Under the lock, "no" stays true.
@@ -439,13 +536,24 @@ pub(super) struct Reservation {
 impl Reservation {
     /// Makes sure that `size` bytes are reserved in all. Says how many images had to go.
     pub fn ensure(&self, size: u64) -> Result<usize> {
-        let mut state = self.index.state();
-        self.index.ledger.at(&self.index.place, |room| {
-            let reserved = state.reservations.get(&self.id).map_or(0, Promise::bytes);
-            let evicted = self.index.make_room(&mut state, room, size.saturating_sub(reserved))?;
-            state.reservations.get(&self.id).into_iter().for_each(|promise| promise.raise(size));
-            Ok(evicted)
-        })
+        let mut asked = Asked::default();
+        loop {
+            let mut state = self.index.state();
+            let unknown = self.index.ledger.at(&self.index.place, |room| {
+                let reserved = state.reservations.get(&self.id).map_or(0, Promise::bytes);
+                let more = size.saturating_sub(reserved);
+                let unknown = self.index.make_room(&mut state, room, more, &mut asked)?;
+                if unknown.is_empty() {
+                    state.reservations.get(&self.id).into_iter().for_each(|promise| promise.raise(size));
+                }
+                Ok::<_, Error>(unknown)
+            })?;
+            drop(state);
+            if unknown.is_empty() {
+                return Ok(asked.evicted);
+            }
+            asked.ask(&self.index.users, unknown.into_iter().map(|image| (image.name, image.path)))?;
+        }
     }
 
     /// Notes how much of it lies on the file system already.

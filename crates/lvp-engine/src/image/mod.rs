@@ -12,6 +12,7 @@
 //!                                                  ├─ writer   file, mark, hash
 //!                                                  └─ partial  what a restart continues
 //!   ├─ chunks       digests that a hit is checked by
+//!   ├─ users        who uses a file beside us
 //!   └─ reader     random access before the fetch
 //! ```
 //! It leaves out what is in an image: who asks for one reads its format between [`Images::fetch`] and
@@ -45,6 +46,7 @@ mod sign;
 mod source;
 #[cfg(test)]
 mod tests;
+mod users;
 mod web;
 mod writer;
 
@@ -56,3 +58,4 @@ pub use probe::probe_store;
 pub use reader::Reader;
 pub use settings::{Credentials, Secret, SourceSettings, parse_endpoint};
 pub use source::serves_no_parts;
+pub use users::Users;

@@ -4,8 +4,9 @@
 //! fsync, rename), so it is never half written. Unknown fields are passed over, so that later versions can add some. It leaves out where images lie: see `directory`.
 
 use std::{
-    fs::File,
+    fs::{File, Metadata},
     io::{self, Write},
+    os::unix::fs::MetadataExt,
     path::Path,
 };
 
@@ -49,6 +50,24 @@ pub(super) struct Sidecar {
     pub sources: Vec<SourceRecord>,
     /// The digests of its chunks.
     pub chunks: Chunks,
+    /// The file as it was published; none in what earlier versions wrote.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub published: Option<Published>,
+}
+
+/// By what a file is told from one that somebody wrote to, or put in its place. Renaming changes neither.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Published {
+    inode: u64,
+    /// The time of its last change, in seconds and nanoseconds since 1970.
+    modified: (i64, i64),
+}
+
+impl Published {
+    /// The file as it is now.
+    pub fn of(facts: &Metadata) -> Self {
+        Self { inode: facts.ino(), modified: (facts.mtime(), facts.mtime_nsec()) }
+    }
 }
 
 /// A place where exactly this image was seen.
@@ -114,6 +133,16 @@ impl Sidecar {
             last_used_at: now,
             sources: Vec::new(),
             chunks: digests.chunks.clone(),
+            published: None,
+        }
+    }
+
+    /// Whether the file is another one by now than the one that was published, or somebody wrote to it.
+    pub fn is_changed(&self, facts: &Metadata) -> bool {
+        let now = Published::of(facts);
+        match self.published {
+            Some(then) => then != now,
+            None => now.modified.0 > self.fetched_at.as_second(),
         }
     }
 

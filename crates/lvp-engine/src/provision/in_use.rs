@@ -209,9 +209,9 @@ fn domains(path: &Path, libvirt: Option<&Libvirt>) -> Result<Vec<User>> {
     Ok(users)
 }
 
-/// What the headers of a chain of qcow2 files name, where libvirt does not say it. A name leads on only where it is said to
-/// be qcow2: what a guest wrote on a raw disk is not believed.
-fn files_below(top: &Path) -> Vec<PathBuf> {
+/// What the headers of a chain of qcow2 files name, where libvirt does not say it. A name that is said to be raw leads no
+/// further: what a guest wrote on a raw disk is not believed.
+pub(super) fn files_below(top: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut above = top.to_owned();
     while found.len() < LONGEST_CHAIN
@@ -222,7 +222,8 @@ fn files_below(top: &Path) -> Vec<PathBuf> {
         let folder = above.parent().unwrap_or(Path::new("/")).to_owned();
         found.extend(names.iter().map(|name| folder.join(name)));
         match names.as_slice() {
-            [name] if backing.format.as_deref() == Some("qcow2") => above = folder.join(name),
+            // Without a word about its format, qemu looks into it and finds out.
+            [name] if backing.format.as_deref().is_none_or(|format| format == "qcow2") => above = folder.join(name),
             _ => break,
         }
     }
@@ -251,7 +252,7 @@ fn file_names(name: &str) -> Vec<String> {
 }
 
 /// Whether two paths are one file or one device, by whatever name.
-fn is_same_file(one: &Path, other: &Path) -> bool {
+pub(super) fn is_same_file(one: &Path, other: &Path) -> bool {
     match (one.metadata(), other.metadata()) {
         (Ok(one), Ok(other)) if one.file_type().is_block_device() && other.file_type().is_block_device() => {
             one.rdev() == other.rdev()

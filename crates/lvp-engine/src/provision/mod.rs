@@ -18,6 +18,7 @@ mod admission;
 mod context;
 mod dry_run;
 mod estimate;
+mod file_users;
 mod in_use;
 mod known;
 mod new_volume;
@@ -37,6 +38,7 @@ pub use self::{
     context::Context,
     dry_run::plan,
     estimate::RECEIPTS,
+    file_users::file_users,
     in_use::{find_settled, refuse_in_use, users},
     order::Order,
     services::{Keeping, STATE_KEPT, Services},

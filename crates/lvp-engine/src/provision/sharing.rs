@@ -168,7 +168,10 @@ pub async fn delete_image(services: &Arc<Services>, name: &str) -> Result<()> {
     let (digest, cached) = match services.images.show(name).await {
         // Refused below, before a base is touched.
         Ok(image) if image.pinned || image.in_use => (None, true),
-        Ok(image) => (Some(image.digest), true),
+        Ok(image) => {
+            services.images.refuse_delete(&image.name).await?;
+            (Some(image.digest), true)
+        }
         Err(error) if error.code() == ErrorCode::ImageNotFound => {
             let digest = digest_of_base(services, name).await?.ok_or(error)?;
             (Some(digest), false)

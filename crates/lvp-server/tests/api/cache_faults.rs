@@ -4,9 +4,10 @@
 //! It leaves out a cache that is full or cannot be written.
 
 use std::{
-    fs::{self, OpenOptions},
+    fs::{self, File, OpenOptions},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
+    process::{Child, Command},
 };
 
 use e2e::server::Page;
@@ -27,11 +28,18 @@ enum Deed {
     Truncated,
     Grown,
     Replaced,
+    /// As a disk does it that loses what is on it: nobody wrote. Only by its bytes is it found out.
+    Rotten,
 }
 
-const ALL: [Deed; 5] = [Deed::Deleted, Deed::Flipped, Deed::Truncated, Deed::Grown, Deed::Replaced];
+const BY_SOMEBODY: [Deed; 5] = [Deed::Deleted, Deed::Flipped, Deed::Truncated, Deed::Grown, Deed::Replaced];
 
 impl Deed {
+    /// Whether the file is there after it, and whose it is by then: who writes to one takes it over.
+    fn takes_over(self) -> bool {
+        !matches!(self, Self::Deleted | Self::Rotten)
+    }
+
     /// Does it: near the end, which a slow job has not read yet.
     fn do_to(self, file: &Path) {
         let opened = || OpenOptions::new().read(true).write(true).open(file).unwrap();
@@ -41,6 +49,11 @@ impl Deed {
                 let mut byte = [0];
                 opened().read_exact_at(&mut byte, 9 * MIB).unwrap();
                 opened().write_all_at(&[byte[0] ^ 1], 9 * MIB).unwrap();
+            }
+            Self::Rotten => {
+                let modified = file.metadata().unwrap().modified().unwrap();
+                Self::Flipped.do_to(file);
+                opened().set_modified(modified).unwrap();
             }
             Self::Truncated => opened().set_len(5 * MIB).unwrap(),
             Self::Grown => opened().set_len(file.metadata().unwrap().len() + MIB).unwrap(),
@@ -55,6 +68,11 @@ impl Deed {
 
 fn cached(job: &Value) -> PathBuf {
     PathBuf::from(job["image_path"].as_str().unwrap())
+}
+
+/// As the audit names it.
+fn shown(file: &Path) -> String {
+    format!("cache/{}", file.file_name().unwrap().to_str().unwrap())
 }
 
 /// Where an image is put that is found damaged, until the next start.
@@ -78,25 +96,27 @@ async fn empty_cache(bed: &mut Bed) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cached_file_touched_before_a_job_is_fetched_anew() {
     let (mut bed, web, image) = ready().await;
-    for deed in ALL {
+    for deed in BY_SOMEBODY.into_iter().chain([Deed::Rotten]) {
         for volume in ["web-1", "old"] {
             println!("{deed:?} before {volume}");
             somebodys_volume(&bed, "old");
             let first = bed.provision(&order(&web.url("/x.raw"), "first")).await;
             let file = cached(&first);
             deed.do_to(&file);
-            let mut audit = Audit::begin(&bed).but_for(aside(&file));
-            let is_resized = matches!(deed, Deed::Truncated | Deed::Grown);
-            if is_resized {
-                // Who changes a file's size takes it over: it stays as it is, and the image gets another name.
+            let mut audit = Audit::begin(&bed);
+            if deed.takes_over() {
+                // It stays as it is, and the image gets another name.
                 audit = audit.forgets(&file);
+            } else if deed == Deed::Rotten {
+                audit = audit.but_for(aside(&file));
             }
             let job = {
                 let id = bed.submit(&order(&web.url("/x.raw"), volume)).await;
                 audit.complete(&id, &complete(volume, &image)).await
             };
             assert_eq!(job["cache_hit"], false, "{job:#}");
-            assert_eq!(cached(&job) != file, is_resized);
+            assert_eq!(cached(&job) != file, deed.takes_over());
+            assert_eq!(bed.path(&aside(&file)).exists(), deed == Deed::Rotten);
             for name in [volume, "first"] {
                 fs::remove_file(bed.volume(name)).unwrap();
             }
@@ -110,15 +130,16 @@ async fn a_cached_file_touched_before_a_job_is_fetched_anew() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cached_file_touched_while_a_job_reads_it_leaves_the_right_volume() {
     let (mut bed, web, image) = ready().await;
-    for deed in ALL {
+    for deed in BY_SOMEBODY {
         for volume in ["web-1", "old"] {
             println!("{deed:?} under {volume}");
             somebodys_volume(&bed, "old");
             let file = cached(&bed.provision(&order(&web.url("/x.raw"), "first")).await);
-            let audit = Audit::begin(&bed).but_for(aside(&file));
+            let audit = Audit::begin(&bed).forgets(&file).but_for(shown(&file));
             let id = bed.submit(&slow_order(&web.url("/x.raw"), volume)).await;
             writing(&bed, &id).await;
             deed.do_to(&file);
+            let theirs = fs::read(&file).ok();
             assert_runs(&bed, &id).await;
             let job = bed.ended(&id).await;
             if deed == Deed::Deleted {
@@ -132,6 +153,7 @@ async fn a_cached_file_touched_while_a_job_reads_it_leaves_the_right_volume() {
             } else {
                 audit.complete(&id, &complete(volume, &image)).await;
                 assert_eq!(job["cache_hit"], false, "{job:#}");
+                assert_eq!(fs::read(&file).ok(), theirs, "somebody's file was touched");
             }
             for name in [volume, "first"] {
                 fs::remove_file(bed.volume(name)).unwrap();
@@ -149,14 +171,15 @@ async fn a_cached_file_edited_while_its_source_is_gone_fails_the_job_and_keeps_t
     let sidecar = format!("cache/.lvp/{}.json", file.file_name().unwrap().to_str().unwrap());
     somebodys_volume(&bed, "old");
     Deed::Flipped.do_to(&file);
-    let name = format!("cache/{}", file.file_name().unwrap().to_str().unwrap());
-    let audit = Audit::begin(&bed).but_for(aside(&file)).but_for(name).but_for(sidecar);
+    let theirs = fs::read(&file).unwrap();
+    let audit = Audit::begin(&bed).but_for(sidecar);
     // It answers the look before, and nothing after it.
     let page = Page::new(fs::read(bed.path("images/disk-1.raw")).unwrap());
     web.serve("/x.raw", page.clone().then(1, page.fail(99, 404)));
     let id = bed.submit(&order(&web.url("/x.raw"), "old")).await;
     audit.failed(&id, &Failed { code: "source_not_found", retryable: false, says: &["/x.raw"] }).await;
-    assert!(!file.exists(), "a damaged image is still in the cache");
+    assert_eq!(bed.tcp().get("/api/v1/images").await.expect(200), json!([]), "a damaged image is still in the cache");
+    assert_eq!(fs::read(&file).unwrap(), theirs);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -194,4 +217,41 @@ async fn what_is_remembered_of_a_file_that_is_gone_goes_with_it() {
     let left: Vec<String> = bed.listing().into_iter().filter(|name| name.ends_with(".json")).collect();
     assert_eq!(left.len(), 1, "{left:?}");
     drop(image);
+}
+
+/// A program that has a file open for a minute at most, as qemu has the disks of its guest.
+struct Holder(Child);
+
+impl Holder {
+    fn of(file: &Path) -> Self {
+        Self(Command::new("sleep").arg("60").stdin(File::open(file).unwrap()).spawn().unwrap())
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cached_image_that_a_guest_has_as_its_disk_is_not_deleted_from_under_it() {
+    let (mut bed, web, image) = ready().await;
+    let file = cached(&bed.provision(&order(&web.url("/x.raw"), "first")).await);
+    let at = format!("/api/v1/images/{}", file.file_name().unwrap().to_str().unwrap());
+    // As its guest writes to it.
+    let holder = Holder::of(&file);
+    let refused = bed.tcp().delete(&at).await;
+    assert_eq!(refused.status, 409);
+    let said = format!("process {} (sleep) has it open", holder.0.id());
+    assert!(refused.refusal("image_in_use")["message"].as_str().unwrap().contains(&said), "{refused:?}");
+    Deed::Rotten.do_to(&file);
+    let theirs = fs::read(&file).unwrap();
+    let job = bed.provision(&order(&web.url("/x.raw"), "web-1")).await;
+    assert_ne!(cached(&job), file);
+    bed.assert_holds(&bed.volume("web-1"), &image, "raw", 11 * MIB);
+    bed.restart().await;
+    assert_eq!(fs::read(&file).unwrap(), theirs);
+    drop(holder);
 }

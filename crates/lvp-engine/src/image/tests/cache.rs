@@ -338,3 +338,21 @@ async fn the_cache_says_whether_it_can_be_used() {
     std::fs::remove_dir_all(bed.root.path()).unwrap();
     assert_eq!(bed.images.check().await.status, lvp_api::HealthStatus::Unhealthy);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_who_ask_at_once_are_told_that_the_cache_can_be_used() {
+    let bed = Bed::new().await;
+    let index = bed.images.shared.index.clone();
+    let start = std::sync::Arc::new(std::sync::Barrier::new(16));
+    let askers: Vec<_> = (0..16)
+        .map(|_| {
+            let (index, start) = (index.clone(), start.clone());
+            std::thread::spawn(move || {
+                start.wait();
+                (0..200).for_each(|_| index.directory().probe().unwrap());
+            })
+        })
+        .collect();
+    askers.into_iter().for_each(|asker| asker.join().unwrap());
+    bed.assert_empty();
+}

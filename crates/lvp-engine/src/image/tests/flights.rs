@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use e2e::gate::Gate;
 use tokio::task::JoinSet;
 
 use super::*;
@@ -53,6 +54,51 @@ async fn a_definite_failure_is_everybody_s() {
     }
     assert_eq!(server.count("GET", "/x.qcow2"), 1);
     bed.assert_empty();
+}
+
+/// Begins a download that its source holds back, has others wait for the same digest from the places, and lets the first go on.
+async fn behind(server: &Server, first: Page, digest: &Digest, places: &[&str]) -> (Result<Entry>, Vec<Result<Entry>>) {
+    let bed = Bed::new().await;
+    let gate = Gate::default();
+    server.serve("/first.qcow2", first.hold(1000, &gate));
+    let bring_from = |url: String| {
+        let (images, wanted) = (bed.images.clone(), bed.promised(&url, digest.clone()));
+        tokio::spawn(async move { bring(&images, &wanted, &Progress::default()).await })
+    };
+    let leader = bring_from(server.url("/first.qcow2"));
+    gate.reached().await;
+    let waiters: Vec<_> = places.iter().map(|place| bring_from(server.url(place))).collect();
+    // They have looked at their source, and wait.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    gate.open();
+    let led = leader.await.unwrap();
+    let mut waited = Vec::new();
+    for waiter in waiters {
+        waited.push(waiter.await.unwrap());
+    }
+    (led, waited)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_one_source_did_wrong_is_not_the_answer_for_who_named_another_one() {
+    let server = Server::start();
+    let bytes = content(500_000, 1);
+    let digest = sha256(&bytes);
+    // It breaks off and is denied then; or it sends something else.
+    let denied = Page::new(bytes[..2000].to_vec()).announce(500_000).then(2, Page::new("").fail(99, 403));
+    let wrong = Page::new(content(500_000, 2));
+    for (page, code) in [(denied, ErrorCode::SourceDenied), (wrong, ErrorCode::ChecksumMismatch)] {
+        server.serve("/good.qcow2", Page::new(bytes.clone()));
+        server.serve("/gone.qcow2", Page::new(bytes.clone()).then(1, Page::new("").fail(99, 404)));
+        let (led, mut waited) = behind(&server, page, &digest, &["/gone.qcow2", "/good.qcow2"]).await;
+        assert_code(led, code);
+        assert_eq!(waited.pop().unwrap().unwrap().digest(), digest);
+        // The other one came before or after it.
+        if let Some(Err(error)) = waited.pop() {
+            assert_eq!(error.code(), ErrorCode::SourceNotFound);
+            assert!(error.to_string().contains("/gone.qcow2"), "{error:?}");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

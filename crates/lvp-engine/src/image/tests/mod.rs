@@ -7,6 +7,7 @@ mod resume;
 mod secrecy;
 mod sources;
 mod space;
+mod users;
 
 use std::{path::Path, time::Duration};
 
@@ -18,12 +19,13 @@ use lvp_api::{Digest, DigestAlgorithm, ErrorCode, ImageFormat};
 use tempfile::TempDir;
 
 use super::{
-    Credentials, Entry, Fetch, ImageSettings, ImageUrl, Images, Resolved, Secret, SourceSettings, Unpublished, Wanted,
-    hasher::sha256_hex, index::Usage, parse_endpoint,
+    Credentials, Entry, Fetch, ImageSettings, ImageUrl, Images, Resolved, Secret, SourceSettings, Unpublished, Users,
+    Wanted, hasher::sha256_hex, index::Usage, parse_endpoint,
 };
 use crate::{
     error::{Error, Result},
     progress::Progress,
+    provision::file_users,
     space::Ledger,
 };
 
@@ -137,9 +139,17 @@ async fn open_counting(
     max_bytes: Option<u64>,
     ledger: Ledger,
 ) -> Result<Images> {
-    let settings =
-        ImageSettings { directory: path.to_owned(), max_bytes, pool: None, source: settings.clone(), ledger };
-    Images::open(settings).await
+    open_asking(path, settings, max_bytes, (ledger, file_users(None))).await
+}
+
+async fn open_asking(
+    path: &Path,
+    settings: &SourceSettings,
+    max_bytes: Option<u64>,
+    (ledger, users): (Ledger, Users),
+) -> Result<Images> {
+    let directory = path.to_owned();
+    Images::open(ImageSettings { directory, max_bytes, pool: None, source: settings.clone(), ledger, users }).await
 }
 
 /// Resolves, fetches and publishes.

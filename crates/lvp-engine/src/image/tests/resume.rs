@@ -2,6 +2,7 @@
 
 use std::{fs, os::unix::fs::FileExt, sync::Arc};
 
+use e2e::gate::Gate;
 use tokio::sync::oneshot;
 
 use super::*;
@@ -158,6 +159,47 @@ async fn what_is_left_goes_first_when_space_is_needed() {
     let free = bed.usage().free_bytes;
     assert_code(index.reserve(free * 2, 0).map(drop), ErrorCode::CacheFull);
     bed.assert_empty();
+}
+
+/// Its job was cancelled before it went on, or has no source any more; and the daemon runs for months.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_download_that_nobody_goes_on_with_counts_and_goes_after_a_day_without_a_restart() {
+    let server = Server::start();
+    let url = server.url("/x.qcow2");
+    server.serve("/x.qcow2", Page::new(content(LARGE, 9)).stall(&[17_000_000; 9]));
+    let bed = interrupted(Bed::new().await, &url, None, 5_000_000).await;
+    let left = fs::OpenOptions::new().write(true).open(partial(&bed)).unwrap();
+    let size = left.metadata().unwrap().len();
+    assert_eq!((bed.usage().images, bed.usage().used_bytes), (0, size));
+    let now = std::time::SystemTime::now();
+    for hours in [0, 23] {
+        left.set_modified(now - Duration::from_secs(hours * 3600)).unwrap();
+        bed.images.sweep().await.unwrap();
+        assert_eq!(bed.usage().used_bytes, size, "a job may come back for it after {hours} h");
+    }
+    left.set_modified(now - Duration::from_secs(25 * 3600)).unwrap();
+    bed.images.sweep().await.unwrap();
+    bed.assert_empty();
+    assert_eq!(bed.usage().used_bytes, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_download_that_a_job_goes_on_with_is_no_leftover_however_old_it_is() {
+    let server = Server::start();
+    let (url, bytes, gate) = (server.url("/x.qcow2"), content(LARGE, 5), Gate::default());
+    server.serve("/x.qcow2", Page::new(bytes.clone()).stall(&[17_000_000; 9]));
+    let bed = interrupted(Bed::new().await, &url, None, 5_000_000).await;
+    let left = partial(&bed);
+    server.serve("/x.qcow2", Page::new(bytes.clone()).hold(18_000_000, &gate));
+    let (images, wanted) = (bed.images.clone(), bed.wanted(&url));
+    let job = tokio::spawn(async move { bring(&images, &wanted, &Progress::default()).await });
+    gate.reached().await;
+    let old = std::time::SystemTime::now() - Duration::from_secs(25 * 3600);
+    fs::OpenOptions::new().write(true).open(&left).unwrap().set_modified(old).unwrap();
+    bed.images.sweep().await.unwrap();
+    assert!(left.exists());
+    gate.open();
+    assert_eq!(fs::read(job.await.unwrap().unwrap().path()).unwrap(), bytes);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,0 +1,193 @@
+//! Files of the cache that others use or write to: they stay, byte for byte.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    os::unix::fs::FileExt,
+    path::PathBuf,
+    process::{Child, Command},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use super::*;
+
+const KIB: usize = 1024;
+
+/// A program that has a file open for a minute at most, as qemu has the disks of its guest.
+struct Holder(Child);
+
+impl Holder {
+    fn of(path: &Path) -> Self {
+        Self(Command::new("sleep").arg("60").stdin(File::open(path).unwrap()).spawn().unwrap())
+    }
+
+    fn id(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Brings images of 100 KiB, one per seed, oldest use first.
+async fn fill(bed: &Bed, server: &Server, seeds: impl IntoIterator<Item = u64>) -> Vec<PathBuf> {
+    let mut paths = Vec::new();
+    for seed in seeds {
+        let path = format!("/{seed}.qcow2");
+        server.serve(&path, Page::new(content(100 * KIB, seed)));
+        paths.push(bed.bring(&server.url(&path)).await.unwrap().path().to_owned());
+    }
+    paths
+}
+
+/// Changes a byte.
+fn flip(path: &Path) -> Vec<u8> {
+    let mut bytes = fs::read(path).unwrap();
+    bytes[2000] ^= 1;
+    OpenOptions::new().write(true).open(path).unwrap().write_all_at(&bytes[2000..2001], 2000).unwrap();
+    bytes
+}
+
+/// The same as a disk does it that loses what is on it: nobody wrote.
+fn rot(path: &Path) -> Vec<u8> {
+    let modified = path.metadata().unwrap().modified().unwrap();
+    let bytes = flip(path);
+    OpenOptions::new().write(true).open(path).unwrap().set_modified(modified).unwrap();
+    bytes
+}
+
+async fn with_users(users: Users, max_bytes: u64) -> Bed {
+    let (root, settings) = (tempfile::tempdir().unwrap(), quick());
+    let images = open_asking(root.path(), &settings, Some(max_bytes), (Ledger::default(), users)).await.unwrap();
+    Bed { root, settings, images }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_image_that_a_program_has_open_is_neither_evicted_nor_deleted() {
+    let server = Server::start();
+    let bed = Bed::limited(350 * KIB as u64).await;
+    let paths = fill(&bed, &server, 1..=3).await;
+    let holder = Holder::of(&paths[0]);
+    let user = format!("process {} (sleep) has it open", holder.id());
+    // The oldest stays, the next one goes.
+    fill(&bed, &server, [4]).await;
+    assert_eq!(fs::read(&paths[0]).unwrap(), content(100 * KIB, 1));
+    assert!(!paths[1].exists());
+    let name = paths[0].file_name().unwrap().to_str().unwrap();
+    let error = assert_code(bed.images.delete(name).await, ErrorCode::ImageInUse);
+    assert_eq!(error.to_string(), format!("the cached image {name} is in use: {user}"));
+    // Where nothing else can go, it is said who keeps what.
+    server.serve("/big.qcow2", Page::new(content(300 * KIB, 9)));
+    let error = assert_code(bed.bring(&server.url("/big.qcow2")).await, ErrorCode::CacheFull);
+    assert!(error.to_string().contains(&format!("{name} stays: {user}")), "{error:?}");
+    assert_eq!(bed.images.list().await.unwrap().len(), 3, "what would not help is not evicted");
+    drop(holder);
+    bed.images.delete(name).await.unwrap();
+    assert!(!paths[0].exists());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_nobody_knows_who_uses_an_image_none_is_evicted_or_deleted() {
+    let unknown = || Err(Error::new(ErrorCode::LibvirtUnavailable, "libvirt is away"));
+    let (server, bed) = (Server::start(), with_users(Users::new(unknown), 250 * KIB as u64).await);
+    let paths = fill(&bed, &server, 1..=2).await;
+    server.serve("/3.qcow2", Page::new(content(100 * KIB, 3)));
+    let error = assert_code(bed.bring(&server.url("/3.qcow2")).await, ErrorCode::LibvirtUnavailable);
+    assert!(error.retryable() && error.chain().contains("libvirt is away"), "{error:?}");
+    let name = paths[0].file_name().unwrap().to_str().unwrap();
+    assert_code(bed.images.delete(name).await, ErrorCode::LibvirtUnavailable);
+    assert!(paths.iter().all(|path| path.exists()));
+    assert_eq!(bed.usage().reserved_bytes, 0);
+}
+
+/// libvirt takes up to half a minute to answer; jobs that have their image go on meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn domains_are_listed_once_for_a_download_and_without_the_lock_of_the_cache() {
+    let (asked, other) = (Arc::<AtomicUsize>::default(), Arc::<std::sync::OnceLock<Images>>::default());
+    let (counted, cache) = (asked.clone(), other.clone());
+    let users = Users::new(move || {
+        counted.fetch_add(1, Ordering::SeqCst);
+        // Takes the lock, so that it would hang here.
+        assert_eq!(cache.get().unwrap().shared.index.list().len(), 3);
+        Ok(Box::new(|_: &Path| Ok(Vec::new())))
+    });
+    let (server, bed) = (Server::start(), with_users(users, 350 * KIB as u64).await);
+    let _ = other.set(bed.images.clone());
+    fill(&bed, &server, 1..=3).await;
+    server.serve("/big.qcow2", Page::new(content(300 * KIB, 9)));
+    bed.bring(&server.url("/big.qcow2")).await.unwrap();
+    assert_eq!(asked.load(Ordering::SeqCst), 1);
+    assert_eq!(bed.images.list().await.unwrap().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_image_that_others_use_or_wrote_to_stays_byte_for_byte() {
+    let server = Server::start();
+    let image = content(100 * KIB, 1);
+    server.serve("/x.qcow2", Page::new(image.clone()));
+    for written in [true, false] {
+        let bed = Bed::new().await;
+        let entry = bed.bring(&server.url("/x.qcow2")).await.unwrap();
+        let path = entry.path().to_owned();
+        // A guest writes to it and is shut off; or its disk rots while a guest runs.
+        let (bytes, holder) = if written { (flip(&path), None) } else { (rot(&path), Some(Holder::of(&path))) };
+        bed.images.quarantine(&entry).await.unwrap();
+        drop(entry);
+        assert!(bed.images.list().await.unwrap().is_empty());
+        let again = bed.bring(&server.url("/x.qcow2")).await.unwrap();
+        assert_ne!(again.path(), path);
+        assert_eq!(fs::read(again.path()).unwrap(), image);
+        drop(again);
+        let bed = bed.restart().await;
+        assert_eq!(fs::read(&path).unwrap(), bytes, "{written}");
+        assert_eq!(bed.images.list().await.unwrap().len(), 1);
+        drop(holder);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_put_in_the_place_of_an_image_is_not_set_aside() {
+    let server = Server::start();
+    let bed = Bed::new().await;
+    // It is older than the image.
+    let other = bed.root.path().join("other");
+    fs::write(&other, content(4000, 2)).unwrap();
+    server.serve("/x.qcow2", Page::new(content(4000, 1)));
+    let entry = bed.bring(&server.url("/x.qcow2")).await.unwrap();
+    fs::rename(&other, entry.path()).unwrap();
+    bed.images.quarantine(&entry).await.unwrap();
+    assert_eq!(fs::read(entry.path()).unwrap(), content(4000, 2));
+    assert!(bed.images.list().await.unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_image_that_was_set_aside_is_removed_at_a_start_when_nobody_uses_it() {
+    let server = Server::start();
+    let bed = Bed::new().await;
+    server.serve("/x.qcow2", Page::new(content(4000, 1)));
+    let entry = bed.bring(&server.url("/x.qcow2")).await.unwrap();
+    let bytes = rot(entry.path());
+    bed.images.quarantine(&entry).await.unwrap();
+    let aside = bed.root.path().join(format!(".lvp/{}.corrupt", entry.name()));
+    drop(entry);
+    // Somebody looks at it, or an earlier version took it from under its guest.
+    let holder = Holder::of(&aside);
+    let bed = bed.restart().await;
+    assert_eq!(fs::read(&aside).unwrap(), bytes);
+    // The next one of the same name does not take its place.
+    let entry = bed.bring(&server.url("/x.qcow2")).await.unwrap();
+    let second = rot(entry.path());
+    bed.images.quarantine(&entry).await.unwrap();
+    assert_eq!(fs::read(&aside).unwrap(), bytes);
+    assert_eq!(fs::read(entry.path()).unwrap(), second);
+    drop((entry, holder));
+    let bed = bed.restart().await;
+    assert!(!aside.exists());
+    assert!(bed.images.list().await.unwrap().is_empty());
+}
