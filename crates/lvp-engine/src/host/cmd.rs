@@ -27,7 +27,7 @@ const SIGNAL: &str = "signal";
 /// How often a running program is looked at.
 const POLL: Duration = Duration::from_millis(5);
 /// What a program printed is there when it has ended, unless it left something behind that may print for ever.
-const LAST_WORDS: Duration = Duration::from_secs(10);
+const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// What a program left: its exit code and what it printed.
 #[derive(Debug)]
@@ -84,14 +84,15 @@ pub fn run(program: &str, arguments: &[impl AsRef<OsStr>], limit: Duration) -> R
             }
         }
     };
-    let stderr = stderr.text();
+    let last_words = Instant::now() + LAST_WORDS;
+    let stderr = stderr.text(last_words);
     tracing::debug!(command = line(program, arguments), %status, milliseconds = begun.elapsed().as_millis() as u64, "a program ended");
     if let Some(signal) = status.signal() {
         let message = format!("{program} was ended by signal {signal}");
         let error = Error::new(ErrorCode::CommandFailed, message).detail("command", line(program, arguments));
         return Err(error.detail(SIGNAL, signal));
     }
-    Ok(Finished { code: status.code().unwrap_or_default(), stdout: stdout.text(), stderr: tail(&stderr) })
+    Ok(Finished { code: status.code().unwrap_or_default(), stdout: stdout.text(last_words), stderr: tail(&stderr) })
 }
 
 /// Whether a program was ended by a signal. systemd sends one to all programs of a service that it stops (systemd.kill(5)).
@@ -169,9 +170,9 @@ impl Printed {
         Self { bytes, end }
     }
 
-    /// All of it, once the program has ended.
-    fn text(&self) -> String {
-        let _ = self.end.recv_timeout(LAST_WORDS);
+    /// All of it, or what came until then.
+    fn text(&self, until: Instant) -> String {
+        let _ = self.end.recv_timeout(until.saturating_duration_since(Instant::now()));
         let bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
         String::from_utf8_lossy(&bytes).into_owned()
     }
@@ -188,6 +189,8 @@ fn tail(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     const LIMIT: Duration = Duration::from_secs(10);
@@ -228,19 +231,17 @@ mod tests {
         assert!(begun.elapsed() < Duration::from_secs(10));
     }
 
-    /// Whether some process has these words.
-    fn runs(words: &str) -> bool {
-        run("pgrep", &["--full", "--exact", words], LIMIT).unwrap().code == 0
-    }
-
     #[test]
     fn what_a_program_that_hangs_started_is_killed_with_it_and_nothing_is_left_to_be_reaped() {
-        let error = run("sh", &["-c", "sleep 86411; true"], Duration::from_millis(300)).unwrap_err();
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("pids");
+        let script = format!("sleep 600 & echo $$ $! >{}; wait", file.display());
+        let error = run("sh", &["-c", &script], Duration::from_millis(500)).unwrap_err();
         assert!(error.to_string().contains("did not end"), "{error}");
+        let pids = std::fs::read_to_string(file).unwrap();
         let begun = Instant::now();
-        let own = std::process::id().to_string();
-        let zombies = || run("ps", &["--ppid", &own, "-o", "state="], LIMIT).unwrap().stdout.contains('Z');
-        while runs("sleep 86411") || zombies() {
+        // What was not reaped is there, too.
+        while pids.split_whitespace().any(|pid| Path::new("/proc").join(pid).exists()) {
             assert!(begun.elapsed() < LIMIT, "it is left");
             thread::sleep(POLL);
         }
@@ -248,10 +249,10 @@ mod tests {
 
     #[test]
     fn a_program_that_leaves_something_behind_with_its_output_has_ended() {
-        let finished = run("sh", &["-c", "sleep 86422 & echo done"], Duration::from_secs(60)).unwrap();
-        let left = runs("sleep 86422");
-        run("pkill", &["--full", "--exact", "sleep 86422"], LIMIT).unwrap();
-        assert_eq!((finished.code, finished.stdout.trim(), left), (0, "done", true));
+        let finished = run("sh", &["-c", "sleep 600 & echo $!"], Duration::from_secs(60)).unwrap();
+        let left = Path::new("/proc").join(finished.stdout.trim()).exists();
+        run("kill", &[finished.stdout.trim()], LIMIT).unwrap();
+        assert_eq!((finished.code, left), (0, true));
     }
 
     #[test]
