@@ -346,6 +346,8 @@ impl Engine {
         let (name, target) = (volume_name(name)?, self.target(target, caller)?);
         self.refuse_held(&name, &target).await?;
         let _turn = self.inner.verifying.lock().await;
+        // Who waits to write it waits for the verification under way, and not for all that are asked for.
+        self.inner.runner.refuse_awaited(&target.exclusive_key(&name), &format!("volume {name}")).await?;
         // From here on no job changes what is compared: neither the volume nor its receipt.
         let _held = self.inner.runner.hold(&target.exclusive_key(&name), &format!("volume {name}")).await?;
         let receipt = self.receipt(&target, &name).await?;

@@ -8,6 +8,7 @@
 //!      <image name>.json             sidecar
 //!      <key>.partial (.json)         a download under way, or left by an interrupted run
 //!      <image name>.corrupt          an image that lost its digest; removed at the next start, if nobody uses it
+//!      <image name>.damaged          the sidecar of one that stays in its place as long as somebody may use it
 //! ```
 //! A file without a sidecar is not ours and never touched. A file whose size is not its sidecar's was changed by someone
 //! else: the sidecar goes, the file stays, and is not ours from then on. It leaves out what is evicted when: see `index`.
@@ -35,6 +36,8 @@ use crate::{
 const PRIVATE: &str = ".lvp";
 /// How the name of an image ends that was set aside.
 const CORRUPT: &str = ".corrupt";
+/// How the sidecar of a damaged image ends that could not be set aside, because somebody used it or nobody knew.
+const DAMAGED: &str = ".damaged";
 /// What an interrupted run left of a download is kept so long for a job to go on with it.
 const LEFT_FOR: Duration = Duration::from_secs(24 * 60 * 60);
 /// Longest stem of an image's name, in bytes: with digest, format and `.json` it stays far below 255.
@@ -113,7 +116,38 @@ impl Directory {
             }
         }
         self.remove_corrupt(&corrupt, users);
+        if let Err(error) = self.remove_damaged(users) {
+            tracing::warn!(error = error.chain(), "damaged images are kept, because nobody knows who uses them");
+        }
         Ok(found)
+    }
+
+    /// Removes the damaged images that stayed where they were, once nobody uses them. One that somebody wrote to since then is
+    /// his.
+    ///
+    /// # Errors
+    /// `libvirt_unavailable`, `input_output`; what is left is looked at the next time.
+    pub fn remove_damaged(&self, users: &Users) -> Result<()> {
+        let mut look = None;
+        for item in std::fs::read_dir(&self.private).map_err(|error| Error::io("reading", &self.private, error))? {
+            let sidecar = item.map_err(|error| Error::io("reading", &self.private, error))?.path();
+            let name = sidecar.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(DAMAGED));
+            let Some(image) = name.map(|name| self.path.join(name)) else { continue };
+            let is_ours = || Ok::<_, io::Error>(!Sidecar::read(&sidecar)?.is_changed(&image.symlink_metadata()?));
+            if is_ours().unwrap_or(false) {
+                let asked = match &look {
+                    Some(look) => look,
+                    None => look.insert(users.look()?),
+                };
+                if !asked(&image)?.is_empty() {
+                    continue;
+                }
+                tracing::info!(file = %image.display(), "removing a damaged image that nobody uses any more");
+                std::fs::remove_file(&image).map_err(|error| Error::io("removing", &image, error))?;
+            }
+            std::fs::remove_file(&sidecar).map_err(|error| Error::io("removing", &sidecar, error))?;
+        }
+        Ok(())
     }
 
     /// Removes the images that were set aside and that nobody uses. The rest waits for the next start.
@@ -123,13 +157,7 @@ impl Directory {
         }
         let look = users.look();
         for file in files {
-            let name = file.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(CORRUPT));
-            // A domain that was shut off when it was set aside has it by the name that it had.
-            let names = [Some(file.clone()), name.map(|name| self.path.join(name))];
-            let asked = look.as_ref().map_err(Error::chain).and_then(|look| {
-                let users = names.iter().flatten().map(|path| look(path)).collect::<Result<Vec<_>>>();
-                users.map(|users| users.concat()).map_err(|error| error.chain())
-            });
+            let asked = look.as_ref().map_err(Error::chain).and_then(|look| look(file).map_err(|error| error.chain()));
             match asked {
                 Ok(users) if users.is_empty() => {
                     tracing::info!(file = %file.display(), "removing a damaged image that an earlier run set aside");
@@ -261,17 +289,28 @@ impl Directory {
         }
     }
 
-    /// Takes an image whose bytes are wrong out of use. It can be looked at until the next start. Never replaces a file:
-    /// where one of this name was set aside before, and is still used, this one stays where it is.
+    /// Takes an image whose bytes are wrong out of use. It can be looked at until the next start.
     pub fn quarantine(&self, name: &str) -> Result<PathBuf> {
-        let (image, aside) = (self.path.join(name), self.private.join(format!("{name}{CORRUPT}")));
-        match rename_new(&image, &aside) {
-            Ok(()) => self.forget(name).map(|()| aside),
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists) => {
-                self.forget(name).map(|()| image)
+        let image = self.path.join(name);
+        // One of this name may have been set aside before.
+        let others = (1..u32::MAX).map(|number| format!("{name}.{number}{CORRUPT}"));
+        for aside in [format!("{name}{CORRUPT}")].into_iter().chain(others) {
+            let aside = self.private.join(aside);
+            match rename_new(&image, &aside) {
+                Ok(()) => return self.forget(name).map(|()| aside),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+                Err(error) => return Err(Error::io("setting aside", &image, error)),
             }
-            Err(error) => Err(Error::io("setting aside", &image, error)),
         }
+        self.forget(name).map(|()| image)
+    }
+
+    /// Takes an image whose bytes are wrong out of use, and leaves its file where it is: for [`Directory::remove_damaged`].
+    pub fn leave(&self, name: &str) -> Result<()> {
+        let sidecar = self.sidecar(name);
+        std::fs::rename(&sidecar, self.private.join(format!("{name}{DAMAGED}")))
+            .map_err(|error| Error::io("renaming", &sidecar, error))
     }
 
     /// What the file system has free for us, in bytes.

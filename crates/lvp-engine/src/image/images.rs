@@ -490,13 +490,9 @@ impl Images {
         Ok(())
     }
 
-    /// Removes what interrupted downloads left, where nobody came back for it in a day.
+    /// Removes what interrupted downloads left, where nobody came back for it in a day, and damaged images that were used.
     pub async fn sweep(&self) -> Result<()> {
-        self.with_index(|index| {
-            index.sweep();
-            Ok(())
-        })
-        .await
+        self.with_index(|index| index.sweep()).await
     }
 
     /// Whether the cache can be used.

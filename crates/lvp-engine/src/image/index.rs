@@ -3,11 +3,13 @@
 //! ```text
 //!   reserve ──► (evict the least recently used idle images) ──► Reservation ──► publish: it becomes an image
 //!                  │                     ▲                           └────────► dropped: the space is free again
-//!                  └─► who uses them? ───┘   asked without the lock, once per reservation; who is used stays
+//!                  └─► who uses them? ───┘   asked without the lock, once each time; who is used stays
 //! ```
 //! Two downloads never count on the same space: what is reserved counts as used, and what of it is not written yet is
 //! promised (`space`), to downloads and to volumes on the same file system alike. It leaves out sources and downloads.
 //! Everything here blocks (file system, locks).
+
+mod damaged;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -236,46 +238,6 @@ impl Index {
             .detail("users", users))
     }
 
-    /// Takes an image whose bytes are wrong out of the cache, in use by jobs or not. The file is set aside; one that others
-    /// use or wrote to stays, and is theirs.
-    pub fn quarantine(&self, entry: &Entry) -> Result<()> {
-        if !self.is_listed(&self.state(), entry) {
-            return Ok(());
-        }
-        let theirs = self.why_theirs(entry);
-        let mut state = self.state();
-        if !self.is_listed(&state, entry) {
-            return Ok(());
-        }
-        let (name, digest_lost) = (entry.name(), "a cached image does not have its digest any more");
-        if let Some(why) = theirs {
-            self.directory.forget(name)?;
-            tracing::error!(image = name, why, "{digest_lost}; its file is left alone and not used any more");
-        } else {
-            let aside = self.directory.quarantine(name)?;
-            tracing::error!(image = name, file = %aside.display(), "{digest_lost} and was taken out of use");
-        }
-        state.records.remove(name);
-        Ok(())
-    }
-
-    fn is_listed(&self, state: &State, entry: &Entry) -> bool {
-        state.records.get(entry.name()).is_some_and(|record| Arc::ptr_eq(record, &entry.record))
-    }
-
-    /// Why the file of a damaged image is somebody else's by now; none where its disk alone can have spoiled it.
-    fn why_theirs(&self, entry: &Entry) -> Option<String> {
-        let facts = entry.path().symlink_metadata().ok()?;
-        if entry.record.sidecar().is_changed(&facts) {
-            return Some("somebody wrote to it".to_owned());
-        }
-        match self.users.look().and_then(|look| look(entry.path())) {
-            Ok(users) if users.is_empty() => None,
-            Ok(users) => Some(users.join("; ")),
-            Err(error) => Some(format!("nobody knows who uses it: {}", error.chain())),
-        }
-    }
-
     /// The image that has the bytes of a complete download already; notes what the download knows of it.
     pub fn adopt(&self, sidecar: &Sidecar, seen: &SourceRecord) -> Result<Option<Entry>> {
         let Some(entry) = self.by_digest(&sidecar.sha256) else { return Ok(None) };
@@ -321,8 +283,12 @@ impl Index {
         path
     }
 
-    /// Removes what interrupted downloads left, where nobody came back for it in its time.
-    pub fn sweep(&self) {
+    /// Removes what interrupted downloads left, where nobody came back for it in its time, and damaged images that nobody uses
+    /// any more.
+    ///
+    /// # Errors
+    /// Those of [`Directory::remove_damaged`].
+    pub fn sweep(&self) -> Result<()> {
         self.state().left.retain(|left| {
             let is_kept = can_be_continued(left);
             if !is_kept {
@@ -331,6 +297,7 @@ impl Index {
             }
             is_kept
         });
+        self.directory.remove_damaged(&self.users)
     }
 
     /// Reserves space for a download, of which so much is there already; says also how many images had to go.
@@ -355,16 +322,31 @@ impl Index {
     /// Refuses a download of so many bytes for which there would be no room. Nothing is reserved, and nobody goes.
     ///
     /// # Errors
-    /// `cache_full`.
+    /// Those of [`Index::reserve`].
     pub fn refuse_full(&self, bytes: u64) -> Result<()> {
-        let state = self.state();
-        self.ledger.at(&self.place, |room| {
-            let evictable = idle(&state).iter().map(|image| image.size).sum::<u64>();
-            if self.lack(&state, room, bytes)? <= evictable.saturating_add(state.left()) {
+        let mut asked = Asked::default();
+        loop {
+            let state = self.state();
+            let unknown = self.ledger.at(&self.place, |room| {
+                // What interrupted downloads left goes first.
+                let lack = self.lack(&state, room, bytes)?.saturating_sub(state.left());
+                let idle = self.evictable(&state, room, (bytes, lack), &asked)?;
+                Ok::<_, Error>(unknown(&idle, lack, &asked))
+            })?;
+            drop(state);
+            if unknown.is_empty() {
                 return Ok(());
             }
-            Err(self.full(&state, room, bytes, (evictable, &Asked::default()))?)
-        })
+            asked.ask(&self.users, unknown.into_iter().map(|image| (image.name, image.path)))?;
+        }
+    }
+
+    /// The images that may go, which are enough to gain `lack` bytes for the `more` that are asked for.
+    fn evictable(&self, state: &State, room: &mut Room, (more, lack): (u64, u64), asked: &Asked) -> Result<Vec<Idle>> {
+        let mut idle = idle(state);
+        idle.retain(|image| !asked.used.contains_key(&image.name));
+        let evictable: u64 = idle.iter().map(|image| image.size).sum();
+        if lack > evictable { Err(self.full(state, room, more, (evictable, asked))?) } else { Ok(idle) }
     }
 
     /// Evicts until `more` bytes fit the limit and the file system; first what interrupted downloads left. Gives the images
@@ -379,21 +361,9 @@ impl Index {
             tracing::info!(file = %left.display(), "removing what an interrupted download left, to make room");
             partial::discard(&left);
         }
-        let mut idle = idle(state);
-        idle.retain(|image| !asked.used.contains_key(&image.name));
-        let evictable: u64 = idle.iter().map(|image| image.size).sum();
         let mut lack = self.lack(state, room, more)?;
-        if lack > evictable {
-            return Err(self.full(state, room, more, (evictable, asked))?);
-        }
-        let mut unknown = Vec::new();
-        let mut gained = 0;
-        for image in &idle {
-            if gained < lack && !asked.free.contains(&image.name) {
-                unknown.push(image.clone());
-            }
-            gained += image.size;
-        }
+        let idle = self.evictable(state, room, (more, lack), asked)?;
+        let mut unknown = unknown(&idle, lack, asked);
         let mut oldest_first = idle.into_iter();
         while unknown.is_empty() && lack > 0 {
             match oldest_first.next() {
@@ -497,6 +467,17 @@ fn idle(state: &State) -> Vec<Idle> {
         .collect();
     idle.sort();
     idle
+}
+
+/// Those of these images that would go for so many bytes and of which it is not known yet whether others use them.
+fn unknown(idle: &[Idle], lack: u64, asked: &Asked) -> Vec<Idle> {
+    let mut gained = 0;
+    let needed = idle.iter().take_while(|image| {
+        let is_needed = gained < lack;
+        gained += image.size;
+        is_needed
+    });
+    needed.filter(|image| !asked.free.contains(&image.name)).cloned().collect()
 }
 
 /// Refuses an image that is pinned, or that a job uses.

@@ -25,11 +25,13 @@ impl Drop for Held {
     }
 }
 
-/// The job that has an exclusive key.
+/// The job that has an exclusive key, or is to have it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Holder {
     /// It runs.
     Running(JobId),
+    /// It waits for its turn.
+    Awaited(JobId),
     /// It waits for the daemon, and this process is a command.
     LeftToDaemon(JobId),
 }
@@ -38,6 +40,7 @@ impl fmt::Display for Holder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Running(job) => write!(f, "being written by job {job}"),
+            Self::Awaited(job) => write!(f, "to be written by job {job}, which waits for its turn"),
             Self::LeftToDaemon(job) => write!(f, "to be written by job {job}, which the next daemon goes on with"),
         }
     }
@@ -48,7 +51,7 @@ impl Holder {
     pub fn refusal(self, what: &str) -> Error {
         let error = Error::new(ErrorCode::VolumeInUse, format!("{what} is {self}")).retry(true);
         match self {
-            Self::Running(_) => error.hint("wait for its end, or cancel the job, then try again"),
+            Self::Running(_) | Self::Awaited(_) => error.hint("wait for its end, or cancel the job, then try again"),
             Self::LeftToDaemon(job) => {
                 error.hint(format!("start `lvp serve` to have it done, or take it back with `lvp job cancel {job}`"))
             }

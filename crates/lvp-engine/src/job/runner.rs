@@ -222,6 +222,16 @@ impl<C: Send + 'static> Runner<C> {
         left.map_or(Ok(()), |job| Err(Holder::LeftToDaemon(job).refusal(what)))
     }
 
+    /// Refuses what would hold up a job that waits for its turn with this exclusive key.
+    ///
+    /// # Errors
+    /// `volume_in_use`, with the job.
+    pub async fn refuse_awaited(&self, exclusive: &str, what: &str) -> Result<()> {
+        let waiting = self.inner.store.pending().await?;
+        let job = waiting.into_iter().find(|(_, key)| key == exclusive);
+        job.map_or(Ok(()), |(job, _)| Err(Holder::Awaited(job).refusal(what)))
+    }
+
     /// Holds this exclusive key outside of a job.
     ///
     /// # Errors

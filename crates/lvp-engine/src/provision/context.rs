@@ -46,6 +46,8 @@ pub struct Record {
     pub claim: Option<Claim>,
     /// The volume's device or file.
     pub device_path: Option<String>,
+    /// Whether the volume that was there before was not active, before this job made it so.
+    pub was_inactive: bool,
     /// Whether the volume that was there before may be partly overwritten.
     pub overwriting: bool,
     /// What the populate did.
@@ -76,8 +78,10 @@ pub enum Claim {
 
 /// What a job finds when it claims its volume.
 enum Claimed {
-    /// It is this job's to write; one that was there before is promised its space.
-    For(Claim, Option<Admission>),
+    /// There is none, or only what an attempt before began.
+    Make,
+    /// It was there before, and was promised its space; `inactive`: it has no device now.
+    Overwrite { admitted: Option<Admission>, inactive: bool },
     /// An attempt before wrote it to the end.
     Done(Box<Volume>),
 }
@@ -110,8 +114,8 @@ pub struct Context {
     pub(super) held: Option<Arc<OpenTarget>>,
     /// The volume, once it is made or readied.
     pub(super) known: Option<Known>,
-    /// The volume that was there before, where this job made its device appear: it was not active.
-    pub(super) readied: Option<Volume>,
+    /// Whether the volume that was there before may have bytes of the image, from this attempt or one before.
+    pub(super) may_be_written: bool,
     /// The space that it was promised.
     pub(super) admission: Option<Admission>,
     /// Held as long as this job looks for or makes the base of its image.
@@ -122,7 +126,8 @@ impl Context {
     /// The context of a stored job.
     pub fn new(services: Arc<Services>, stored: &Stored, progress: Progress) -> Result<Self> {
         let order = Order::from_stored(&stored.request)?;
-        let record = serde_json::from_value(stored.record.clone()).unwrap_or_default();
+        let record: Record = serde_json::from_value(stored.record.clone()).unwrap_or_default();
+        let may_be_written = record.overwriting;
         let own = Limits::new(order.limit_rate, order.limit_rate);
         let progress = progress.limited(services.limits.and(&own));
         Ok(Self {
@@ -138,7 +143,7 @@ impl Context {
             destination: None,
             held: None,
             known: None,
-            readied: None,
+            may_be_written,
             admission: None,
             base_lock: None,
         })
@@ -222,30 +227,27 @@ impl Context {
         let claim = blocking(move || match find_settled(&*backend, &wanted.name)? {
             // An earlier attempt came to the end, and only that was not recorded. Its user may have the volume by now.
             Some(volume) if before.is_on(&volume) => Ok(Claimed::Done(Box::new(volume))),
-            Some(volume) if before.claim == Some(Claim::Make) && volume.tags.job == Some(job) => {
-                Ok(Claimed::For(Claim::Make, None))
-            }
+            Some(volume) if before.claim == Some(Claim::Make) && volume.tags.job == Some(job) => Ok(Claimed::Make),
             // Nobody asked to overwrite what was not there when this job began.
             Some(volume) if before.claim == Some(Claim::Make) => Err(appeared(&volume)),
             Some(volume) => {
                 plan::compatible(&volume, &wanted, virtual_size)?;
                 refuse_overwriting(&volume, before.overwriting, services.libvirt.as_ref())?;
                 let admitted = admission::admit_existing(&services, &*backend, &volume, &wanted, examined.as_ref())?;
-                Ok(Claimed::For(Claim::Overwrite, admitted))
+                Ok(Claimed::Overwrite { admitted, inactive: !volume.path.exists() })
             }
             None => {
                 virtual_size.map_or(Ok(()), |size| plan::fits(size, &wanted))?;
                 admission::refuse_full(&services, &*backend, &wanted)?;
-                Ok(Claimed::For(Claim::Make, None))
+                Ok(Claimed::Make)
             }
         });
         match claim.await? {
-            Claimed::For(claim, admitted) => {
-                if self.record.finished {
-                    // What an attempt before wrote to the end is gone: this one begins as the first did.
-                    self.record = Record { cache_hit: self.record.cache_hit, ..Record::default() };
-                }
-                (self.record.claim, self.admission) = (Some(claim), admitted);
+            Claimed::Make => self.note_claim(Claim::Make),
+            Claimed::Overwrite { admitted, inactive } => {
+                self.note_claim(Claim::Overwrite);
+                self.admission = admitted;
+                self.record.was_inactive |= inactive;
             }
             Claimed::Done(volume) => {
                 self.record.finished = true;
@@ -253,6 +255,14 @@ impl Context {
             }
         }
         Ok(())
+    }
+
+    fn note_claim(&mut self, claim: Claim) {
+        if self.record.finished {
+            // What an attempt before wrote to the end is gone: this one begins as the first did.
+            self.record = Record { cache_hit: self.record.cache_hit, ..Record::default() };
+        }
+        (self.record.claim, self.admission) = (Some(claim), None);
     }
 
     /// Fetches the image, or checks the cached one against its digest; and the gate on the file. A cached image that lost

@@ -8,7 +8,7 @@ use lvp_api::{Digest, Stage};
 
 use super::{
     context::{Context, damaged_twice, find_existing},
-    in_use::{refuse_beside, refuse_overwriting, refuse_physical_volume},
+    in_use::{find_settled, refuse_beside, refuse_overwriting, refuse_physical_volume},
     known::Known,
     new_volume::Destination,
     plan,
@@ -31,18 +31,10 @@ impl Context {
         let (libvirt, image, progress) = (self.services.libvirt.clone(), self.image()?, self.progress.clone());
         // What an attempt of this very job began to write is this job's.
         let begun = self.record.overwriting;
-        let (asked, free, least_size) = (Arc::clone(&backend), libvirt.clone(), image.least_size());
-        let volume = blocking(move || {
-            let volume = find_existing(&*asked, &wanted)?;
-            plan::compatible(&volume, &wanted, Some(least_size))?;
-            refuse_overwriting(&volume, begun, free.as_ref())?;
-            Ok(volume)
-        });
-        let volume = volume.await?;
-        if !volume.path.exists() {
-            self.readied = Some(volume.clone());
-        }
         let target = blocking(move || {
+            let volume = find_existing(&*backend, &wanted)?;
+            plan::compatible(&volume, &wanted, Some(image.least_size()))?;
+            refuse_overwriting(&volume, begun, libvirt.as_ref())?;
             let target = backend.target(&volume, false)?;
             let known = Known::new(&volume)?;
             let held = OpenTarget::open(&target)?;
@@ -65,9 +57,15 @@ impl Context {
 
     /// Leaves a volume that was not active before so again, where nothing was written to it.
     pub(super) async fn put_volume_back(&mut self) -> Result<()> {
-        let Some(volume) = self.readied.take().filter(|_| !self.record.overwriting) else { return Ok(()) };
-        let (backend, _) = self.backend()?;
-        blocking(move || backend.put_back(&volume)).await
+        if !self.record.was_inactive || self.may_be_written {
+            return Ok(());
+        }
+        let (backend, wanted) = self.backend()?;
+        blocking(move || match find_settled(&*backend, &wanted.name)? {
+            Some(volume) if volume.path.exists() => backend.put_back(&volume),
+            _ => Ok(()),
+        })
+        .await
     }
 
     /// Writes a verified image over what is there. Where somebody changed the cached image after it was verified, what was
@@ -107,6 +105,7 @@ impl Context {
             self.tag_again(tagged).await;
             return Err(error);
         }
+        self.may_be_written = true;
         blocking(move || {
             let populated = format::populate(&image, &held, &options, &progress);
             known.check().and(populated)

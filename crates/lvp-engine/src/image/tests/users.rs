@@ -7,7 +7,7 @@ use std::{
     process::{Child, Command},
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -127,7 +127,7 @@ async fn domains_are_listed_once_for_a_download_and_without_the_lock_of_the_cach
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_damaged_image_that_others_use_or_wrote_to_stays_byte_for_byte() {
+async fn a_damaged_image_that_others_use_stays_until_they_do_not_and_one_that_they_wrote_to_for_ever() {
     let server = Server::start();
     let image = content(100 * KIB, 1);
     server.serve("/x.qcow2", Page::new(image.clone()));
@@ -148,6 +148,10 @@ async fn a_damaged_image_that_others_use_or_wrote_to_stays_byte_for_byte() {
         assert_eq!(fs::read(&path).unwrap(), bytes, "{written}");
         assert_eq!(bed.images.list().await.unwrap().len(), 1);
         drop(holder);
+        bed.images.sweep().await.unwrap();
+        assert_eq!(path.exists(), written);
+        let left = fs::read_dir(bed.root.path().join(".lvp")).unwrap().map(|entry| entry.unwrap().file_name());
+        assert!(left.into_iter().all(|name| !name.to_str().unwrap().ends_with(".damaged")), "{written}");
     }
 }
 
@@ -180,14 +184,54 @@ async fn an_image_that_was_set_aside_is_removed_at_a_start_when_nobody_uses_it()
     let holder = Holder::of(&aside);
     let bed = bed.restart().await;
     assert_eq!(fs::read(&aside).unwrap(), bytes);
-    // The next one of the same name does not take its place.
+    // The next one of the same name does not take its place, and goes the same way.
     let entry = bed.bring(&server.url("/x.qcow2")).await.unwrap();
-    let second = rot(entry.path());
+    rot(entry.path());
     bed.images.quarantine(&entry).await.unwrap();
     assert_eq!(fs::read(&aside).unwrap(), bytes);
-    assert_eq!(fs::read(entry.path()).unwrap(), second);
+    assert!(!entry.path().exists());
     drop((entry, holder));
+    // Who uses the good one that has the name now does not keep the bad ones.
+    let entry = bed.bring(&server.url("/x.qcow2")).await.unwrap();
+    let _holder = Holder::of(entry.path());
+    drop(entry);
     let bed = bed.restart().await;
-    assert!(!aside.exists());
-    assert!(bed.images.list().await.unwrap().is_empty());
+    let left = fs::read_dir(bed.root.path().join(".lvp")).unwrap().map(|entry| entry.unwrap().file_name());
+    assert!(left.into_iter().all(|name| !name.to_str().unwrap().contains("corrupt")));
+    assert_eq!(bed.images.list().await.unwrap().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_image_of_which_nobody_knows_who_uses_it_stays_until_somebody_does() {
+    let away = Arc::new(AtomicBool::new(true));
+    let asked = away.clone();
+    let users = Users::new(move || {
+        if asked.load(Ordering::SeqCst) {
+            return Err(Error::new(ErrorCode::LibvirtUnavailable, "libvirt is away"));
+        }
+        Ok(Box::new(|_: &Path| Ok(Vec::new())))
+    });
+    let (server, bed) = (Server::start(), with_users(users, 350 * KIB as u64).await);
+    let path = fill(&bed, &server, [1]).await.remove(0);
+    let entry = bed.images.find(path.file_name().unwrap().to_str().unwrap()).await.unwrap();
+    let bytes = rot(&path);
+    bed.images.quarantine(&entry).await.unwrap();
+    assert_code(bed.images.sweep().await, ErrorCode::LibvirtUnavailable);
+    assert_eq!(fs::read(&path).unwrap(), bytes);
+    away.store(false, Ordering::SeqCst);
+    bed.images.sweep().await.unwrap();
+    assert!(!path.exists() && bed.images.list().await.unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dry_run_does_not_count_on_the_space_of_images_that_others_use() {
+    let server = Server::start();
+    let bed = Bed::limited(350 * KIB as u64).await;
+    let paths = fill(&bed, &server, 1..=3).await;
+    let holders: Vec<_> = paths.iter().map(|path| Holder::of(path)).collect();
+    let error = assert_code(bed.images.refuse_full(100 * KIB as u64).await, ErrorCode::CacheFull);
+    assert!(error.to_string().contains(" stays: process "), "{error:?}");
+    drop(holders);
+    bed.images.refuse_full(100 * KIB as u64).await.unwrap();
+    assert!(paths.iter().all(|path| path.exists()), "nothing goes for a question");
 }
