@@ -6,6 +6,7 @@ pub mod bed;
 pub mod cell;
 pub mod fixture;
 pub mod gate;
+pub mod holder;
 pub mod images;
 pub mod lines;
 pub mod minio;

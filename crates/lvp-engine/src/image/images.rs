@@ -429,7 +429,7 @@ impl Images {
     }
 
     /// Takes an image whose bytes are wrong out of the cache, even while jobs use it. The file is set aside; one that
-    /// others use or wrote to stays where it is, and is not lvp's any more.
+    /// others wrote to is theirs, and one that they use stays where it is until they do not.
     pub async fn quarantine(&self, entry: &Entry) -> Result<()> {
         let entry = entry.clone();
         self.with_index(move |index| index.quarantine(&entry)).await?;

@@ -4,35 +4,21 @@ use std::{
     fs::{self, File, OpenOptions},
     os::unix::fs::FileExt,
     path::PathBuf,
-    process::{Child, Command},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
+use e2e::holder::Holder;
+
 use super::*;
 
 const KIB: usize = 1024;
 
-/// A program that has a file open for a minute at most, as qemu has the disks of its guest.
-struct Holder(Child);
-
-impl Holder {
-    fn of(path: &Path) -> Self {
-        Self(Command::new("sleep").arg("60").stdin(File::open(path).unwrap()).spawn().unwrap())
-    }
-
-    fn id(&self) -> u32 {
-        self.0.id()
-    }
-}
-
-impl Drop for Holder {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+/// A program that has the file at this path open.
+fn held_open(path: &Path) -> Holder {
+    Holder::of(File::open(path).unwrap())
 }
 
 /// Brings images of 100 KiB, one per seed, oldest use first.
@@ -73,7 +59,7 @@ async fn an_image_that_a_program_has_open_is_neither_evicted_nor_deleted() {
     let server = Server::start();
     let bed = Bed::limited(350 * KIB as u64).await;
     let paths = fill(&bed, &server, 1..=3).await;
-    let holder = Holder::of(&paths[0]);
+    let holder = held_open(&paths[0]);
     let user = format!("process {} (sleep) has it open", holder.id());
     // The oldest stays, the next one goes.
     fill(&bed, &server, [4]).await;
@@ -136,7 +122,7 @@ async fn a_damaged_image_that_others_use_stays_until_they_do_not_and_one_that_th
         let entry = bed.bring(&server.url("/x.qcow2")).await.unwrap();
         let path = entry.path().to_owned();
         // A guest writes to it and is shut off; or its disk rots while a guest runs.
-        let (bytes, holder) = if written { (flip(&path), None) } else { (rot(&path), Some(Holder::of(&path))) };
+        let (bytes, holder) = if written { (flip(&path), None) } else { (rot(&path), Some(held_open(&path))) };
         bed.images.quarantine(&entry).await.unwrap();
         drop(entry);
         assert!(bed.images.list().await.unwrap().is_empty());
@@ -181,7 +167,7 @@ async fn an_image_that_was_set_aside_is_removed_at_a_start_when_nobody_uses_it()
     let aside = bed.root.path().join(format!(".lvp/{}.corrupt", entry.name()));
     drop(entry);
     // Somebody looks at it, or an earlier version took it from under its guest.
-    let holder = Holder::of(&aside);
+    let holder = held_open(&aside);
     let bed = bed.restart().await;
     assert_eq!(fs::read(&aside).unwrap(), bytes);
     // The next one of the same name does not take its place, and goes the same way.
@@ -193,7 +179,7 @@ async fn an_image_that_was_set_aside_is_removed_at_a_start_when_nobody_uses_it()
     drop((entry, holder));
     // Who uses the good one that has the name now does not keep the bad ones.
     let entry = bed.bring(&server.url("/x.qcow2")).await.unwrap();
-    let _holder = Holder::of(entry.path());
+    let _holder = held_open(entry.path());
     drop(entry);
     let bed = bed.restart().await;
     let left = fs::read_dir(bed.root.path().join(".lvp")).unwrap().map(|entry| entry.unwrap().file_name());
@@ -228,7 +214,7 @@ async fn a_dry_run_does_not_count_on_the_space_of_images_that_others_use() {
     let server = Server::start();
     let bed = Bed::limited(350 * KIB as u64).await;
     let paths = fill(&bed, &server, 1..=3).await;
-    let holders: Vec<_> = paths.iter().map(|path| Holder::of(path)).collect();
+    let holders: Vec<_> = paths.iter().map(|path| held_open(path)).collect();
     let error = assert_code(bed.images.refuse_full(100 * KIB as u64).await, ErrorCode::CacheFull);
     assert!(error.to_string().contains(" stays: process "), "{error:?}");
     drop(holders);

@@ -1,11 +1,8 @@
 //! Domains of libvirt's test driver, on and off, and the chains of files below their disks.
 
-use std::{
-    fs::{self, File},
-    process::{Child, Command},
-};
+use std::fs::{self, File};
 
-use e2e::images;
+use e2e::{holder::Holder, images};
 use lvp_api::ErrorCode;
 
 use super::*;
@@ -84,15 +81,6 @@ fn a_chain_whose_formats_are_not_named_is_followed() {
     assert_eq!(users_of(&image, libvirt(room, SHUT_OFF, &top, "qcow2")).len(), 1);
 }
 
-struct Holder(Child);
-
-impl Drop for Holder {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 #[test]
 fn the_kernel_is_asked_with_and_without_libvirt() {
     let directory = tempfile::tempdir().unwrap();
@@ -100,9 +88,9 @@ fn the_kernel_is_asked_with_and_without_libvirt() {
     fs::write(&file, "x").unwrap();
     let _ours = File::open(&file).unwrap();
     assert_eq!(file_users(None).look().unwrap()(&file).unwrap(), [""; 0], "this process's own");
-    let holder = Holder(Command::new("sleep").arg("60").stdin(File::open(&file).unwrap()).spawn().unwrap());
+    let holder = Holder::of(File::open(&file).unwrap());
     let users = file_users(None).look().unwrap()(&file).unwrap();
-    assert_eq!(users, [format!("process {} (sleep) has it open", holder.0.id())]);
+    assert_eq!(users, [format!("process {} (sleep) has it open", holder.id())]);
     let gone = file_users(Some(Libvirt::new("test:///nonexistent/node.xml"))).look();
     assert_eq!(gone.err().unwrap().code(), ErrorCode::LibvirtUnavailable);
 }

@@ -1,11 +1,11 @@
 //! Real files and loop devices, and domains of libvirt's test driver. Loop devices need root.
 
-use std::{
-    fs,
-    process::{Child, Command},
-};
+use std::fs;
 
-use e2e::images::{self, LoopDevice};
+use e2e::{
+    holder::Holder,
+    images::{self, LoopDevice},
+};
 
 use super::*;
 use crate::{host::block::BlockTarget, volume::Tags};
@@ -207,16 +207,6 @@ fn a_physical_volume_that_somebody_made_is_not_overwritten() {
     refuse_overwriting(&volume, false, None).unwrap();
 }
 
-/// A program that holds a file open for a minute at most.
-struct Holder(Child);
-
-impl Drop for Holder {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 #[test]
 fn who_comes_to_a_volume_that_is_held_is_found_at_the_end() {
     let directory = tempfile::tempdir().unwrap();
@@ -240,10 +230,10 @@ fn who_comes_to_a_volume_that_is_held_is_found_at_the_end() {
         assert!(error.to_string().ends_with("attached to the active domain guest"), "{error:?}");
     }
     let opened = File::open(&device.path).unwrap();
-    let holder = Holder(Command::new("sleep").arg("60").stdin(opened).spawn().unwrap());
+    let holder = Holder::of(opened);
     let error = refuse_late_users(&volume, &held, Some(&gone)).unwrap_err();
     let said =
-        format!("came into use while it was written, and is not noted as holding the image: process {}", holder.0.id());
+        format!("came into use while it was written, and is not noted as holding the image: process {}", holder.id());
     assert!(error.to_string().contains(&said), "{error:?}");
 }
 
@@ -263,6 +253,6 @@ fn without_libvirt_a_job_removes_only_what_it_has_not_finished_and_the_kernel_se
     let on = libvirt(directory.path(), PAUSED, &disk("file", "file", &volume.path, "raw"));
     assert_eq!(refuse_unfinished(&volume, job, Some(&on)).unwrap_err().code(), ErrorCode::VolumeInUse);
     let opened = File::open(&volume.path).unwrap();
-    let _holder = Holder(Command::new("sleep").arg("60").stdin(opened).spawn().unwrap());
+    let _holder = Holder::of(opened);
     assert_eq!(unknown(&volume, job), ErrorCode::VolumeInUse);
 }
