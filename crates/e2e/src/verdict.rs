@@ -22,6 +22,8 @@ pub struct Promise {
     pub volume: String,
     /// The MD5 of the whole volume with the image on it.
     pub content: String,
+    /// The MD5 of a base of the image.
+    pub base: String,
     /// The MD5 of the image's file.
     pub image: String,
     /// The SHA-256 of the image's file.
@@ -100,9 +102,12 @@ fn may_change(
     if is_fine { Ok(()) } else { Err(left) }
 }
 
-/// Whether this is a base to its end: read-only, with the digest of the image.
+/// Whether this is a base to its end: every byte of the image, read-only, with its digest.
 fn is_complete_base(key: &str, facts: &str, promise: &Promise) -> bool {
     let short = &promise.digest[..16];
+    if fact(facts, "content") != promise.base {
+        return false;
+    }
     if let Some(name) = key.strip_prefix("volume ") {
         let tags: Vec<&str> = fact(facts, "tags").split(',').collect();
         return name.starts_with(&format!("lvp-base-{short}-"))
@@ -185,8 +190,8 @@ mod tests {
     const DIGEST: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
 
     fn promise() -> Promise {
-        let (volume, content, image) = ("volume web".to_owned(), "good".to_owned(), "image".to_owned());
-        Promise { volume, content, image, digest: DIGEST.to_owned() }
+        let [volume, content, base, image, digest] = ["volume web", "good", "base", "image", DIGEST].map(str::to_owned);
+        Promise { volume, content, base, image, digest }
     }
 
     fn facts(lines: &[(&str, String)]) -> Facts {
@@ -250,9 +255,10 @@ mod tests {
         assert_eq!(verdict(&cached("before"), &cached("now"), &failed), Verdict::AsBefore);
         assert!(matches!(verdict(&cached("before"), &cached("now")[1..], &failed), Verdict::Third(_)));
         assert!(!is_fine(&[("volume other", "tags=lvp")]));
-        let base = format!("attributes=Vri tags=lvp,lvp.base=sha256:{DIGEST}");
-        assert!(is_fine(&[("volume lvp-base-0011223344556677-abcdef", &base)]));
-        assert!(!is_fine(&[("volume lvp-base-new-j", &base)]));
+        let base = |content: &str| format!("attributes=Vri tags=lvp,lvp.base=sha256:{DIGEST} content={content}");
+        assert!(is_fine(&[("volume lvp-base-0011223344556677-abcdef", &base("base"))]));
+        assert!(!is_fine(&[("volume lvp-base-0011223344556677-abcdef", &base("half"))]));
+        assert!(!is_fine(&[("volume lvp-base-new-j", &base("base"))]));
         assert!(is_fine(&[("database", "ok, unfinished 0")]) && !is_fine(&[("database", "ok, unfinished 1")]));
     }
 }

@@ -7,12 +7,18 @@ place=$1 group=${2:-}
 
 if [ -n "$group" ]; then
   udevadm settle
+  # What is not active is read too, and left as it was found. A pool has no content of its own.
+  content() {
+    case $1 in t*) echo - && return ;; esac
+    [ -n "$3" ] || lvchange --quiet --activate y --ignoreactivationskip "$group/$2" </dev/null >&2
+    md5sum <"/dev/$group/$2" | cut -d' ' -f1
+    [ -n "$3" ] || { udevadm settle && lvchange --quiet --activate n "$group/$2" </dev/null >&2; }
+  }
   # The letter that says whether a volume is open is the auditor's too.
-  lvs --reportformat json --units b --nosuffix -o lv_name,lv_size,lv_tags,lv_attr,lv_uuid,lv_path,lv_active,origin "$group" |
-    jq -r '.report[0].lv[] | [.lv_name, .lv_size, (.lv_tags | split(",") | sort | join(",")), .lv_attr[0:5], .lv_uuid, .lv_path, .lv_active] | join("|")' |
-    while IFS='|' read -r name size tags attributes uuid path active; do
-      content=-
-      case $attributes in t*) ;; *) [ -z "$active" ] || content=$(md5sum <"$path" | cut -d' ' -f1) ;; esac
+  lvs --reportformat json --units b --nosuffix -o lv_name,lv_size,lv_tags,lv_attr,lv_uuid,lv_active "$group" |
+    jq -r '.report[0].lv[] | [.lv_name, .lv_size, (.lv_tags | split(",") | sort | join(",")), .lv_attr[0:5], .lv_uuid, .lv_active] | join("|")' |
+    while IFS='|' read -r name size tags attributes uuid active; do
+      content=$(content "$attributes" "$name" "$active")
       echo "volume $name: size=$size attributes=$attributes uuid=$uuid tags=$tags content=$content"
     done
   # One call, because each takes half a second in the emulated machine. The cache's private folder is no volume.

@@ -35,6 +35,7 @@ pub const SCENARIOS: &[Scenario] = &[
     ("a_new_thin_volume_is_complete_or_was_never_there", |world| matrix(world, &THIN)),
     ("a_clone_of_a_base_is_complete_or_was_never_there", |world| matrix(world, &CLONE)),
     ("a_reused_volume_is_complete_or_said_not_to_be", |world| matrix(world, &REUSED)),
+    ("a_reused_inactive_volume_is_complete_or_said_not_to_be", |world| matrix(world, &REUSED_INACTIVE)),
     ("a_reused_thin_volume_is_complete_or_said_not_to_be", |world| matrix(world, &REUSED_THIN)),
     ("a_new_file_is_complete_or_was_never_there", |world| matrix(world, &FILE)),
     ("a_reused_file_is_complete_or_said_not_to_be", |world| matrix(world, &REUSED_FILE)),
@@ -80,6 +81,13 @@ const REUSED: Kind = Kind {
     prepare: r"lvcreate --yes --quiet --size 20M --name web --addtag backup vg0 >/dev/null
         head --bytes=20M /dev/zero | tr '\0' '\252' | dd of=/dev/vg0/web bs=1M iflag=fullblock conv=fsync status=none
         udevadm settle",
+    ..THICK
+};
+const REUSED_INACTIVE: Kind = Kind {
+    name: "reused inactive",
+    prepare: r"lvcreate --yes --quiet --size 20M --name web --addtag backup vg0 >/dev/null
+        head --bytes=20M /dev/zero | tr '\0' '\252' | dd of=/dev/vg0/web bs=1M iflag=fullblock conv=fsync status=none
+        udevadm settle; lvchange --quiet --activate n vg0/web",
     ..THICK
 };
 const REUSED_THIN: Kind = Kind {
@@ -220,7 +228,8 @@ impl<'a> Matrix<'a> {
         };
         let promise = Promise {
             volume: kind.volume.to_owned(),
-            content: md5_on_a_volume(image)?,
+            content: md5_with_zeros(image, SIZE)?,
+            base: md5_with_zeros(image, 0)?,
             image: md5(&image.path)?,
             digest: image.sha256.clone(),
         };
@@ -377,12 +386,13 @@ fn md5(file: &Path) -> Result<String> {
     Ok(printed.split_whitespace().next().context("md5sum printed nothing")?.to_owned())
 }
 
-/// The MD5 of a volume of [`SIZE`] with this image and zeros behind it, by `qemu-img`.
-fn md5_on_a_volume(image: &Fixture) -> Result<String> {
+/// The MD5 of what is in this image, with zeros behind it up to `size`, by `qemu-img`.
+fn md5_with_zeros(image: &Fixture, size: u64) -> Result<String> {
     let directory = tempfile::tempdir()?;
     let raw = directory.path().join("raw");
     let mut convert = Command::new("qemu-img");
     xtask::process::run(convert.args(["convert", "-f", &image.format, "-O", "raw"]).arg(&image.path).arg(&raw))?;
-    fs::File::options().write(true).open(&raw)?.set_len(SIZE)?;
+    let file = fs::File::options().write(true).open(&raw)?;
+    file.set_len(size.max(file.metadata()?.len()))?;
     md5(&raw)
 }
