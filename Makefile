@@ -35,7 +35,7 @@ e2e: build ## Run the scenarios on real LVM, libvirt and MinIO, in a virtual mac
 	$(CARGO) xtask minio build
 	scripts/e2e
 
-faults: test build ## Every test there is, with provisions broken at every point in every way; tables in target/faults (two hours)
+faults: test build ## Every test there is, with provisions broken at every point in every way; tables in target/faults (three hours on two cores)
 	$(TOOLS) all
 	$(CARGO) xtask bed build
 	$(CARGO) xtask minio build
