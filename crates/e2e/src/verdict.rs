@@ -4,6 +4,7 @@
 //!  completed           the volume is there, to the last byte the image and zeros, and says so         Complete
 //!  failed, cancelled   nothing of the volume is there, or what was there before is as it was          AsBefore
 //!                      what was there before is overwritten, in part or whole, and the job says so    Declared
+//!                      what was there before is as it was, but active, and the job says so            Declared
 //!  anything else                                                                                      Third
 //! ```
 //! In every case a complete image may be in the cache, and a complete base beside the volumes. It leaves out looking at the
@@ -149,6 +150,10 @@ fn declared(was: Option<&String>, is: &str, job: &Value, promise: &Promise) -> R
     match was {
         None => Err(format!("the job did not complete, and left {is}; it said {said}")),
         Some(was) if unchanging(was) != unchanging(is) => Err(format!("the volume was {was} and is {is}")),
+        // It was not active; the second where a test made the saying fail.
+        Some(was) if is_untouched(was, is) && (said.contains("still active") || said.contains("ensure_volume:")) => {
+            Ok(())
+        }
         Some(_) if said.contains("holds the new image") => complete(was, is, job, promise),
         Some(_) if marks(is).contains("sha256:") => Err(format!("the volume says that it holds an image: {is}")),
         // The second where a test made the saying fail.
@@ -157,6 +162,11 @@ fn declared(was: Option<&String>, is: &str, job: &Value, promise: &Promise) -> R
         }
         Some(_) => Ok(()),
     }
+}
+
+/// Whether a volume has the same bytes and tags, whatever LVM's attributes say, as whether it is active.
+fn is_untouched(was: &str, is: &str) -> bool {
+    ["content", "tags"].iter().all(|name| fact(was, name) == fact(is, name))
 }
 
 /// One fact of a line such as `size=1 tags=a,b`.
@@ -236,6 +246,25 @@ mod tests {
         assert!(matches!(verdict(&before, &[volume(&image, "half")], &whole), Verdict::Third(_)));
         let completed = json!({"job_id": "j", "status": "completed"});
         assert_eq!(verdict(&before, &[volume(&image, "good")], &completed), Verdict::Complete);
+    }
+
+    #[test]
+    fn a_volume_that_was_not_active_is_so_again_or_said_not_to_be() {
+        let is = |active: &str, content: &str| {
+            [("volume web", format!("size=1 attributes=-wi-{active} uuid=u tags=backup content={content}"))]
+        };
+        let after = |active, content, said: &str| {
+            let job = json!({"status": "failed", "details": {"not_undone": [said]}});
+            verdict(&is("-", "old"), &is(active, content), &job)
+        };
+        assert_eq!(after("-", "old", ""), Verdict::AsBefore);
+        assert_eq!(
+            after("a", "old", "ensure_volume: volume vg0/web holds what it held, but is still active"),
+            Verdict::Declared
+        );
+        assert_eq!(after("a", "old", "ensure_volume: a test made undo.ensure_volume.begin fail"), Verdict::Declared);
+        assert!(matches!(after("a", "old", ""), Verdict::Third(_)));
+        assert!(matches!(after("a", "half", "ensure_volume: it is still active"), Verdict::Third(_)));
     }
 
     #[test]

@@ -5,8 +5,9 @@
 //!  points that this kind of volume passes  ×  kill, error, cancel, panic     and, for what is taken back:
 //!  STEP.end=error  and then  undo.STEP.begin, undo.STEP.end  ×  kill, error, panic
 //! ```
-//! `make faults` runs all cells. Elsewhere a fixed choice is run: in the directories of this machine each point in one way, in
-//! the test machine fewer. It leaves out what a cell is (`cell`) and what is right (`verdict`).
+//! `make faults` runs all cells, `FAULTS_AT` those of the points with this part of a name. Elsewhere a fixed choice is run: in the
+//! directories of this machine each point in one way, in the test machine fewer. It leaves out what a cell is (`cell`) and what is
+//! right (`verdict`).
 
 use std::{
     collections::BTreeSet,
@@ -306,6 +307,10 @@ impl<'a> Matrix<'a> {
                     cells.push((both, point.clone(), action));
                 }
             }
+        }
+        if let Ok(part) = env::var("FAULTS_AT") {
+            cells.retain(|(_, point, _)| point.contains(&part));
+            return cells;
         }
         if env::var_os("FAULTS_ALL").is_some() {
             return cells;

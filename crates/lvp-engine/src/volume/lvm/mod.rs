@@ -244,7 +244,11 @@ impl VolumeBackend for Lvm {
 
     fn put_back(&self, volume: &Volume) -> Result<()> {
         // LVM waits for who only looks into it, and refuses where it is in use.
-        self.run_ok("lvchange", &["-an", &self.full_name(volume.name.as_str())]).map(drop)
+        let name = self.full_name(volume.name.as_str());
+        self.run_ok("lvchange", &["-an", &name]).map(drop).map_err(|error| {
+            let left = format!("volume {name} holds what it held, but is still active (`lvchange -an {name}`)");
+            Error::new(error.code(), left).source(error)
+        })
     }
 
     fn set_tags(&self, volume: &Volume, tags: &Tags) -> Result<()> {
