@@ -69,6 +69,34 @@ const SUBJECTS: &[(&str, &[Scenario])] = &[
 /// Those that `make faults` runs and CI does not: they take long, and what they show others show in part, or tests without the
 /// machine.
 const LONG: &[&str] = &[
+    "smoke::a_paused_domain_holds_its_disk",
+    "smoke::disks_survive_a_power_cut",
+    "smoke::every_byte_of_a_volume_is_compared",
+    "smoke::reset_takes_away_what_was_left",
+    "provision::a_configured_target_is_named_either_way",
+    "provision::every_kind_of_image_is_written",
+    "provision::the_curl_lines_work_under_jobs",
+    "conformance::volumes_and_bases_on_lvm",
+    "bases::a_half_made_base_of_a_killed_job_is_never_used",
+    "bases::a_pool_that_does_not_zero_has_no_base",
+    "bases::volumes_stay_whole_when_their_base_goes",
+    "reuse::a_thin_volume_is_left_alone_by_the_targets_of_other_pools",
+    "reuse::a_volume_smaller_than_the_image_is_refused_and_untouched",
+    "reuse::a_volume_within_five_percent_is_reused",
+    "reuse::an_unverified_image_changes_no_byte_of_a_volume",
+    "refusal::a_mounted_volume_is_in_use",
+    "refusal::a_pool_is_no_volume",
+    "refusal::a_volume_below_an_overlay_of_a_domain_is_in_use",
+    "refusal::a_volume_that_a_program_has_open_is_in_use",
+    "refusal::an_image_larger_than_its_thin_pool_is_refused",
+    "interruption::a_cancel_of_a_reused_volume_keeps_it_and_says_that_it_is_incomplete",
+    "interruption::a_job_survives_a_power_cut",
+    "interruption::a_job_that_was_to_be_cancelled_when_killed_is_taken_back",
+    "interruption::a_killed_download_resumes_and_completes",
+    "queue::two_jobs_run_and_a_third_waits",
+    "cache::a_cached_image_that_rotted_is_fetched_anew",
+    "fault_matrix::a_reused_inactive_volume_is_complete_or_said_not_to_be",
+    "fault_matrix::a_reused_thin_volume_is_complete_or_said_not_to_be",
     "source::a_store_that_restarts_during_the_download_is_no_failure",
     "interruption::a_killed_job_resumes_and_completes",
     "interruption::a_killed_job_on_a_reused_volume_resumes_and_completes",
@@ -159,9 +187,14 @@ fn machines() -> usize {
     wanted.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from).min(2)).max(1)
 }
 
+/// Whether this run has the scenario of this name, if it is asked for.
+fn is_run(name: &str) -> bool {
+    !LONG.contains(&name) || ["FAULTS_ALL", "FAULTS_AT"].iter().any(|wish| env::var_os(wish).is_some())
+}
+
 fn trial(name: String, scenario: fn(&World) -> Result<()>, worlds: &Arc<Worlds>) -> Trial {
     let worlds = Arc::clone(worlds);
-    let left_out = LONG.contains(&name.as_str()) && env::var_os("FAULTS_ALL").is_none();
+    let left_out = !is_run(&name);
     Trial::test(name.clone(), move || {
         let world = worlds.take()?;
         let begun = Instant::now();
