@@ -22,6 +22,7 @@ pub const SCENARIOS: &[Scenario] = &[
     ("a_lock_of_lvm_that_is_held_is_waited_for", a_lock_of_lvm_that_is_held_is_waited_for),
     ("a_command_that_fails_on_a_lock_is_tried_again", a_command_that_fails_on_a_lock_is_tried_again),
     ("an_lvcreate_that_hangs_is_ended_and_its_volume_removed", an_lvcreate_that_hangs_is_ended),
+    ("a_volume_that_cannot_be_made_inactive_again_is_said_to_be_active", a_volume_that_stays_active_is_said_to_be),
     ("output_of_lvm_that_cannot_be_read_changes_nothing", output_of_lvm_that_cannot_be_read_changes_nothing),
     ("devices_that_appear_late_are_no_failure_and_without_udev_nothing_is_left", devices_that_appear_late_or_never),
     ("two_daemons_on_one_group_leave_each_others_volumes_alone", two_daemons_on_one_group),
@@ -183,6 +184,25 @@ fn an_lvcreate_that_hangs_is_ended(world: &World) -> Result<()> {
     )?;
     ensure!(left.trim().is_empty(), "what hung is left: {left}");
     world.vm.run_ok("rm -r /opt/other").map(drop)
+}
+
+fn a_volume_that_stays_active_is_said_to_be(world: &World) -> Result<()> {
+    world.make_volume("web", "--size 64M")?;
+    let inside = "--config devices/scan_lvs=1";
+    world.vm.run_ok(&format!("pvcreate {inside} --yes /dev/vg0/web; udevadm settle"))?;
+    let before = world.content("web")?;
+    world.vm.run_ok("lvchange -an vg0/web; udevadm settle; test ! -e /dev/vg0/web")?;
+    let refuse = "case \" $* \" in *' -an '*) echo 'Logical volume vg0/web in use.' >&2; exit 5;; esac";
+    instead_of(world, "lvchange", &format!("{refuse}\nexec /usr/sbin/lvchange \"$@\""))?;
+    let daemon = world.serve_in("stays-active", &environment_with_other(world, "stays-active"))?;
+    // It fails for what is in the volume, and says what else it could not do.
+    let job = daemon.failed(&world.publish(&world.small)?.onto("web", "64M"), "volume_in_use")?;
+    ensure!(job["error"].as_str().is_some_and(|words| words.contains("is a physical volume of LVM")), "{job:#}");
+    let left = job["details"]["not_undone"].to_string();
+    ensure!(left.contains("is still active (`lvchange -an vg0/web`)") && left.contains("in use."), "{job:#}");
+    ensure!(world.fact("web", "lv_active")? == "active" && world.content("web")? == before, "the volume was touched");
+    // The command that it names does what is left.
+    world.vm.run_ok("lvchange -an vg0/web; udevadm settle; test ! -e /dev/vg0/web; rm -r /opt/other").map(drop)
 }
 
 fn output_of_lvm_that_cannot_be_read_changes_nothing(world: &World) -> Result<()> {

@@ -77,27 +77,25 @@ const THICK: Kind = Kind {
 };
 const THIN: Kind = Kind { name: "thin", target: "thin", ..THICK };
 const CLONE: Kind = Kind { name: "clone", has_base: true, ..THIN };
-const REUSED: Kind = Kind {
-    name: "reused",
-    prepare: r"lvcreate --yes --quiet --size 20M --name web --addtag backup vg0 >/dev/null
-        head --bytes=20M /dev/zero | tr '\0' '\252' | dd of=/dev/vg0/web bs=1M iflag=fullblock conv=fsync status=none
-        udevadm settle",
-    ..THICK
-};
-const REUSED_INACTIVE: Kind = Kind {
-    name: "reused inactive",
-    prepare: r"lvcreate --yes --quiet --size 20M --name web --addtag backup vg0 >/dev/null
-        head --bytes=20M /dev/zero | tr '\0' '\252' | dd of=/dev/vg0/web bs=1M iflag=fullblock conv=fsync status=none
-        udevadm settle; lvchange --quiet --activate n vg0/web",
-    ..THICK
-};
-const REUSED_THIN: Kind = Kind {
-    name: "reused thin",
-    prepare: r"lvcreate --yes --quiet --virtualsize 20M --thinpool pool0 --name web --addtag backup vg0 >/dev/null
-        head --bytes=20M /dev/zero | tr '\0' '\252' | dd of=/dev/vg0/web bs=1M iflag=fullblock conv=fsync status=none
-        udevadm settle",
-    ..THIN
-};
+/// Makes the logical volume that was there before: its size, then what comes afterwards.
+macro_rules! filled {
+    ($size:literal, $afterwards:literal) => {
+        concat!(
+            "lvcreate --yes --quiet ",
+            $size,
+            " --name web --addtag backup vg0 >/dev/null
+            head --bytes=20M /dev/zero | tr '\\0' '\\252' |
+                dd of=/dev/vg0/web bs=1M iflag=fullblock conv=fsync status=none
+            udevadm settle; ",
+            $afterwards
+        )
+    };
+}
+const REUSED: Kind = Kind { name: "reused", prepare: filled!("--size 20M", ""), ..THICK };
+const REUSED_INACTIVE: Kind =
+    Kind { name: "reused inactive", prepare: filled!("--size 20M", "lvchange --quiet --activate n vg0/web"), ..THICK };
+const REUSED_THIN: Kind =
+    Kind { name: "reused thin", prepare: filled!("--virtualsize 20M --thinpool pool0", ""), ..THIN };
 const FILE: Kind = Kind { name: "file", target: "files", volume: "file volumes/web.raw", in_machine: false, ..THICK };
 const REUSED_FILE: Kind = Kind {
     name: "reused file",
