@@ -128,7 +128,7 @@ impl World {
             let convert = format!("qemu-img convert -f {format} -O raw {copy} {raw}; rm {copy}; mv {raw} {expected}");
             self.vm.run_ok_within(COMPARE, &convert)?;
         }
-        self.vm.run_ok_within(COMPARE, &format!("cmp --bytes={size} {expected} {device}")).map(drop)
+        self.vm.run_ok_within(COMPARE, &format!("cmp --print-bytes --bytes={size} {expected} {device}")).map(drop)
     }
 
     /// The environment of a daemon that works with MinIO and the volume group, with state and cache of its own under

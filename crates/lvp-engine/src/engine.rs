@@ -74,6 +74,8 @@ struct Inner {
     courtesy: Option<AbortHandle>,
     /// What the last look found and left.
     leftovers: watch::Receiver<Vec<Left>>,
+    /// The looks at its health.
+    looks: health::Looks,
     _lock: Lock,
 }
 
@@ -144,6 +146,7 @@ impl Engine {
                 sweeper: sweeper.map(|task| task.abort_handle()),
                 courtesy: courtesy.map(|task| task.abort_handle()),
                 leftovers,
+                looks: health::Looks::default(),
                 _lock: lock,
             }),
         })
@@ -435,9 +438,9 @@ impl Engine {
 
     /// The health of everything that jobs need.
     pub async fn health(&self) -> Health {
-        let Inner { services, store, runner, leftovers, libvirt_required, .. } = &*self.inner;
-        let leftovers = leftovers.borrow().clone();
-        health::look(services, store, *libvirt_required, runner.running(), &leftovers).await
+        let Inner { services, store, runner, leftovers, libvirt_required, looks, .. } = &*self.inner;
+        let (services, store, leftovers) = (Arc::clone(services), store.clone(), leftovers.borrow().clone());
+        looks.share(health::look(services, store, *libvirt_required, runner.running(), leftovers)).await
     }
 
     /// Stops: no new jobs; running ones have their time to end, and then stop where they are, as recorded.

@@ -1,8 +1,9 @@
 //! Looks at everything that jobs need, and says for each what was seen and what to do.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use lvp_api::{ByteSize, Check, Health, HealthStatus};
+use tokio::sync::Mutex;
 
 use crate::{
     error::Result,
@@ -16,13 +17,38 @@ use crate::{
 /// Less free space than this part of the whole deserves attention.
 const LITTLE_SPACE: u64 = 20;
 
+/// The last look at everything, and when it was begun.
+#[derive(Debug, Clone, Default)]
+pub struct Looks(Arc<Mutex<Option<(Instant, Health)>>>);
+
+impl Looks {
+    /// What a look sees that begins after this is called. However many ask, and however long something does not answer, one is
+    /// under way at a time, and all who came meanwhile share the next. It goes on when who asked is gone.
+    pub async fn share(&self, look: impl Future<Output = Health> + Send + 'static) -> Health {
+        let asked = Instant::now();
+        let mut last = Arc::clone(&self.0).lock_owned().await;
+        if let Some((begun, seen)) = &*last
+            && *begun >= asked
+        {
+            return seen.clone();
+        }
+        let begun = Instant::now();
+        let looking = tokio::spawn(async move {
+            let seen = look.await;
+            *last = Some((begun, seen.clone()));
+            seen
+        });
+        looking.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+    }
+}
+
 /// The health now.
 pub async fn look(
-    services: &Arc<Services>,
-    store: &Store,
+    services: Arc<Services>,
+    store: Store,
     libvirt_required: bool,
     active: usize,
-    leftovers: &[Left],
+    leftovers: Vec<Left>,
 ) -> Health {
     let mut checks =
         vec![check("database", store.check().await.map(|()| (HealthStatus::Healthy, "usable".to_owned())))];
@@ -44,7 +70,7 @@ pub async fn look(
         }
         Err(error) => checks.push(check("targets", Err(error))),
     }
-    checks.extend(leftovers_check(leftovers));
+    checks.extend(leftovers_check(&leftovers));
     let pending = store.count_pending().await;
     Health {
         status: checks.iter().map(|check| check.status).max().unwrap_or(HealthStatus::Healthy),
@@ -101,4 +127,51 @@ async fn target_check(name: &str, target: Target) -> Check {
         (status, format!("{label}: {} of {} free", ByteSize(space.free), ByteSize(space.total)))
     });
     check(&format!("target:{name}"), seen)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use tokio::sync::Semaphore;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn probes_of_a_host_that_does_not_answer_are_few_questions() {
+        let (looks, begun, answers) = (Looks::default(), Arc::<AtomicUsize>::default(), Arc::new(Semaphore::new(0)));
+        let probe = || {
+            let (looks, begun, answers) = (looks.clone(), Arc::clone(&begun), Arc::clone(&answers));
+            tokio::spawn(async move {
+                let look = async move {
+                    begun.fetch_add(1, Ordering::SeqCst);
+                    answers.acquire().await.unwrap().forget();
+                    Health {
+                        status: HealthStatus::Healthy,
+                        version: String::new(),
+                        active_jobs: 0,
+                        pending_jobs: 0,
+                        checks: Vec::new(),
+                    }
+                };
+                looks.share(look).await
+            })
+        };
+        // A balancer that gives up, again and again.
+        for _ in 0..100 {
+            let probe = probe();
+            tokio::task::yield_now().await;
+            tokio::task::yield_now().await;
+            probe.abort();
+        }
+        let probes: Vec<_> = (0..100).map(|_| probe()).collect();
+        tokio::task::yield_now().await;
+        assert_eq!(begun.load(Ordering::SeqCst), 1);
+        // An answer for the one that is gone, and one for all who ask since.
+        answers.add_permits(2);
+        for probe in probes {
+            assert_eq!(probe.await.unwrap().status, HealthStatus::Healthy);
+        }
+        assert_eq!(begun.load(Ordering::SeqCst), 2);
+    }
 }

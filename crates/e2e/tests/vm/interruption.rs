@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use e2e::{bed::World, product::Product};
 use serde_json::Value;
 
-use crate::{JOB, Scenario};
+use crate::{JOB, Scenario, waiting::waiting_at};
 
 /// The scenarios.
 pub const SCENARIOS: &[Scenario] = &[
@@ -16,6 +16,11 @@ pub const SCENARIOS: &[Scenario] = &[
     ("a_killed_download_resumes_and_completes", a_killed_download_resumes_and_completes),
     ("a_job_that_was_to_be_cancelled_when_killed_is_taken_back", a_job_to_be_cancelled_when_killed_is_taken_back),
     ("a_stopped_daemon_resumes_its_job", a_stopped_daemon_resumes_its_job),
+    ("a_volume_that_an_attempt_before_wrote_to_is_said_to_be", a_volume_that_an_attempt_before_wrote_to_is_said_to_be),
+    (
+        "a_volume_of_the_name_of_one_that_was_begun_is_left_alone",
+        a_volume_of_the_name_of_one_that_was_begun_is_left_alone,
+    ),
     ("a_job_survives_a_power_cut", a_job_survives_a_power_cut),
 ];
 
@@ -103,6 +108,50 @@ fn a_cancel_of_a_download_leaves_nothing(world: &World) -> Result<()> {
     ensure!(daemon.job_ended(&id, JOB)?["status"] == "cancelled");
     let (volumes, cached) = (world.volumes()?, world.cached("unwanted")?);
     ensure!(volumes.is_empty() && cached.is_empty(), "left: {volumes:?} {cached:?}");
+    Ok(())
+}
+
+/// Its bytes are gone since the attempt before, whatever this one has done.
+fn a_volume_that_an_attempt_before_wrote_to_is_said_to_be(world: &World) -> Result<()> {
+    world.make_volume("web", "--size 80M")?;
+    let (daemon, id) = waiting_at(world, "begun-before", "vg0", "populate.written")?;
+    daemon.process.kill_9()?;
+    drop(daemon);
+    let environment = world.environment("begun-before");
+    let daemon = world.serve_faulty("begun-before", &environment, "volume.untagged=1*return(error)")?;
+    let job = daemon.job_ended(&id, JOB)?;
+    ensure!(job["status"] == "failed" && job["error"].to_string().contains("a test made volume.untagged fail"));
+    let left = job["details"]["not_undone"].to_string();
+    ensure!(left.contains("volume web was there before and is partly overwritten"), "{job:#}");
+    ensure!(world.fact("web", "lv_tags")?.is_empty(), "{}", world.fact("web", "lv_tags")?);
+    Ok(())
+}
+
+/// It is another one than what the job began to overwrite, by the volume's own identifier.
+fn a_volume_of_the_name_of_one_that_was_begun_is_left_alone(world: &World) -> Result<()> {
+    world.make_volume("web", "--size 80M")?;
+    let (daemon, id) = waiting_at(world, "begun-other", "vg0", "populate.written")?;
+    daemon.process.kill_9()?;
+    drop(daemon);
+    world.vm.run_ok("udevadm settle; lvrename --quiet vg0 web web-old")?;
+    world.make_volume("web", "--size 80M")?;
+    let before = world.content("web")?;
+    // One that is not active can be told from another only when it is.
+    for state in ["y", "n"] {
+        world.vm.run_ok(&format!("udevadm settle; lvchange --quiet --activate {state} vg0/web"))?;
+        let daemon = world.serve("begun-other")?;
+        let job = daemon.job_ended(&id, JOB)?;
+        ensure!(job["status"] == "failed" && job["error_code"] == "file_in_the_way", "{job:#}");
+        let left = job["details"]["not_undone"].to_string();
+        ensure!(left.contains("volume web-old, which was called web when the job began"), "{job:#}");
+        ensure!(world.fact("web", "lv_active")?.is_empty() == (state == "n"), "it is not as it was");
+        daemon.process.stop()?;
+        world.vm.run_ok(
+            "sqlite3 /var/lib/lvp-begun-other/jobs.db \"UPDATE jobs SET status = 'running', finished_at = NULL, error = NULL\"",
+        )?;
+    }
+    world.vm.run_ok("lvchange --quiet --activate y vg0/web")?;
+    ensure!(world.content("web")? == before && world.fact("web", "lv_tags")?.is_empty(), "it was touched");
     Ok(())
 }
 

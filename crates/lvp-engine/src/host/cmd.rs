@@ -18,8 +18,11 @@ use std::{
 use lvp_api::ErrorCode;
 use rustix::process::{Pid, Signal, kill_process_group};
 
+use super::outstanding::{Outstanding, Turn};
 use crate::error::{Error, Result};
 
+/// Programs that were asked something and have not ended.
+static OUTSTANDING: Outstanding = Outstanding::new();
 /// How much of a failed program's stderr goes into the error.
 const STDERR_KEPT: usize = 1024;
 /// The detail of an error that has the number of a signal.
@@ -47,6 +50,30 @@ pub struct Finished {
 /// by a signal: see [`ended_by_signal`]. An exit code other than 0 is not an error here: LVM, for one, exits with 5 for everything, and only
 /// the caller can tell.
 pub fn run(program: &str, arguments: &[impl AsRef<OsStr>], limit: Duration) -> Result<Finished> {
+    run_in(None, program, arguments, limit)
+}
+
+/// As [`run`], for a program that only looks at `what`: where it hangs, even when it is killed, as long as its device does not
+/// answer, few of them are waited for at once and no more are begun.
+///
+/// # Errors
+/// As [`run`]; `command_failed` at once where one hangs.
+pub fn ask(what: &str, program: &str, arguments: &[impl AsRef<OsStr>], limit: Duration) -> Result<Finished> {
+    let turn = OUTSTANDING.begin(&format!("{program} {what}"), limit).map_err(|out| {
+        let message = format!("{program} was asked for {what} {} s ago and has not ended yet", out.as_secs());
+        Error::new(ErrorCode::CommandFailed, message)
+            .hint(format!("look at why {program} hangs: the devices below {what} may not answer"))
+            .detail("command", line(program, arguments))
+    })?;
+    run_in(Some(turn), program, arguments, limit)
+}
+
+fn run_in(
+    turn: Option<Turn<'static>>,
+    program: &str,
+    arguments: &[impl AsRef<OsStr>],
+    limit: Duration,
+) -> Result<Finished> {
     let mut child = Command::new(program)
         .args(arguments)
         // Ours holds keys of the object store. What LVM's own variables say stays.
@@ -72,7 +99,7 @@ pub fn run(program: &str, arguments: &[impl AsRef<OsStr>], limit: Duration) -> R
             Ok(Some(status)) => break status,
             Ok(None) if Instant::now() < deadline => thread::sleep(POLL),
             Ok(None) => {
-                end_with_all_it_started(child);
+                end_with_all_it_started(child, turn);
                 return Err(Error::new(
                     ErrorCode::CommandFailed,
                     format!("{program} did not end within {} s and was killed", limit.as_secs()),
@@ -138,13 +165,17 @@ fn line(program: &str, arguments: &[impl AsRef<OsStr>]) -> String {
 }
 
 /// Kills a program and what it started and did not make independent of itself (setsid(2)). One that waits in the kernel
-/// survives that until it does not wait any more; it is left behind rather than waited for, but it is reaped.
-fn end_with_all_it_started(mut child: Child) {
+/// survives that until it does not wait any more; it is left behind rather than waited for, but it is reaped, and keeps its turn
+/// until then.
+fn end_with_all_it_started(mut child: Child, turn: Option<Turn<'static>>) {
     // It is the leader of a group of its own.
     if let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
         let _ = kill_process_group(group, Signal::KILL);
     }
-    thread::spawn(move || drop(child.wait()));
+    thread::spawn(move || {
+        let _ = child.wait();
+        drop(turn);
+    });
 }
 
 /// What comes out of a pipe, read by a thread of its own: a program that is not listened to waits.
@@ -245,6 +276,28 @@ mod tests {
             assert!(begun.elapsed() < LIMIT, "it is left");
             thread::sleep(POLL);
         }
+    }
+
+    #[test]
+    fn while_a_program_that_was_asked_hangs_it_is_not_asked_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let (begun, end) = (directory.path().join("begun"), directory.path().join("end"));
+        let script = format!("echo >>{}; until test -e {}; do sleep 0.05; done", begun.display(), end.display());
+        let ask = |limit| ask("a group of its own", "sh", &["-c", &script], limit);
+        thread::scope(|scope| {
+            let first = scope.spawn(|| ask(LIMIT));
+            while !begun.exists() {
+                thread::sleep(POLL);
+            }
+            thread::sleep(POLL);
+            let error = ask(POLL).unwrap_err();
+            assert_eq!((error.code(), error.retryable()), (ErrorCode::CommandFailed, true));
+            assert!(error.chain().contains("sh was asked for a group of its own 0 s ago and has not ended yet"));
+            assert_eq!(std::fs::read_to_string(&begun).unwrap().lines().count(), 1, "it was begun again");
+            std::fs::write(&end, "").unwrap();
+            assert_eq!(first.join().unwrap().unwrap().code, 0);
+        });
+        assert_eq!(ask(LIMIT).unwrap().code, 0, "it answers again");
     }
 
     #[test]

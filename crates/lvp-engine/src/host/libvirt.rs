@@ -61,7 +61,7 @@ impl Libvirt {
 
     /// Whether libvirt answers; gives its version as text. Blocks.
     pub fn version(&self) -> Result<String> {
-        let number = self.call("asking for the version", |connection| connection.lib_version())?;
+        let number = self.call("asking for the version", |connection| Ok(connection.lib_version()?))?;
         Ok(format!("{}.{}.{}", number / 1_000_000, number / 1000 % 1000, number % 1000))
     }
 
@@ -77,14 +77,20 @@ impl Libvirt {
 
     /// The disks of all active and saved domains. Of a saved one those of its definition: what was attached to it only as long
     /// as it ran is not seen. Blocks.
+    ///
+    /// # Errors
+    /// `libvirt_unavailable`, also where one domain alone cannot be read, or one of its disks not be found.
     pub fn disks_in_use(&self) -> Result<Vec<AttachedDisk>> {
         self.call("listing the disks of domains", |connection| {
             let mut disks = Vec::new();
             for (which, is_saved) in DOMAINS {
                 for domain in connection.list_all_domains(which)? {
                     // A domain that ends between the list and this has no disks in use.
-                    let (Ok(name), Ok(xml)) = (domain.name(), domain.xml_desc(0)) else { continue };
-                    let own = attached(connection, &name, &xml).into_iter();
+                    let Some((name, xml)) = there(domain.name().and_then(|name| Ok((name, domain.xml_desc(0)?))))?
+                    else {
+                        continue;
+                    };
+                    let own = attached(connection, &name, &xml)?.into_iter();
                     disks.extend(own.map(|disk| AttachedDisk { is_saved, ..disk }));
                 }
             }
@@ -96,18 +102,15 @@ impl Libvirt {
     /// not run, only the disks themselves are named, and not what is below. Blocks.
     ///
     /// # Errors
-    /// `libvirt_unavailable`, also where one domain alone cannot be read.
+    /// As [`Libvirt::disks_in_use`].
     pub fn all_disks(&self) -> Result<Vec<AttachedDisk>> {
         self.call("listing the disks of all domains", |connection| {
             let mut disks = Vec::new();
             for domain in connection.list_all_domains(0)? {
                 let name = domain.name()?;
                 for form in [0, sys::VIR_DOMAIN_XML_INACTIVE] {
-                    match domain.xml_desc(form) {
-                        Ok(xml) => disks.extend(attached(connection, &name, &xml)),
-                        // It was undefined since the list was made.
-                        Err(error) if error.code() == ErrorNumber::NoDomain.into() => {}
-                        Err(error) => return Err(error),
+                    if let Some(xml) = there(domain.xml_desc(form))? {
+                        disks.extend(attached(connection, &name, &xml)?);
                     }
                 }
             }
@@ -147,7 +150,7 @@ impl Libvirt {
     fn call<T: Send + 'static>(
         &self,
         doing: &str,
-        work: impl FnOnce(&Connect) -> Result<T, virt::error::Error> + Send + 'static,
+        work: impl FnOnce(&Connect) -> Result<T, Said> + Send + 'static,
     ) -> Result<T> {
         static SILENCE: Once = Once::new();
         // libvirt prints every error to stderr unless told otherwise.
@@ -162,14 +165,21 @@ impl Libvirt {
         let (sender, receiver) = mpsc::channel();
         let uri = self.uri.clone();
         thread::spawn(move || {
-            let answer = Connect::open(Some(&uri)).and_then(|connection| work(&connection));
+            let opened = Connect::open(Some(&uri)).map_err(Said::from);
+            let answer = opened.and_then(|connection| work(&connection));
             // Before the answer is seen, so that who asks in turn waits for nobody.
             drop(turn);
             let _ = sender.send(answer);
         });
         match receiver.recv_timeout(LIMIT) {
             Ok(Ok(value)) => Ok(value),
-            Ok(Err(error)) => Err(unavailable(format!("says: {}", error.message()))),
+            Ok(Err(Said { words, hint })) => {
+                let error = unavailable(format!("says: {words}"));
+                Err(match hint {
+                    Some(hint) => error.hint(hint),
+                    None => error,
+                })
+            }
             Err(mpsc::RecvTimeoutError::Timeout) => {
                 Err(unavailable(format!("did not answer within {} s", LIMIT.as_secs())))
             }
@@ -193,7 +203,7 @@ impl StoragePool {
     pub fn refresh(&self) -> Result<()> {
         let name = self.name.clone();
         self.libvirt.call("refreshing the storage pool", move |connection| {
-            connection.lookup_storage_pool_by_name(&name)?.refresh(0)
+            Ok(connection.lookup_storage_pool_by_name(&name)?.refresh(0).map(drop)?)
         })
     }
 }
@@ -264,25 +274,65 @@ fn attribute(element: &BytesStart<'_>, name: &str) -> Option<String> {
     Some(attribute.normalized_value(quick_xml::XmlVersion::Implicit1_0).ok()?.into_owned())
 }
 
-/// The disks in a domain's XML.
-fn attached(connection: &Connect, domain: &str, xml: &str) -> Vec<AttachedDisk> {
-    let sources = disk_sources(xml).into_iter();
-    let disks = sources.filter_map(|(source, is_qcow2)| {
+/// What libvirt says that went wrong, and what to do about it, if that is known.
+struct Said {
+    words: String,
+    hint: Option<String>,
+}
+
+impl From<virt::error::Error> for Said {
+    fn from(error: virt::error::Error) -> Self {
+        Self { words: error.message().to_owned(), hint: None }
+    }
+}
+
+/// What was asked of a domain; `None`: it was undefined, or ended, since the list was made.
+fn there<T>(asked: Result<T, virt::error::Error>) -> Result<Option<T>, virt::error::Error> {
+    match asked {
+        Ok(it) => Ok(Some(it)),
+        Err(error) if error.code() == ErrorNumber::NoDomain.into() => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The disks in a domain's XML. One that cannot be found is an error: nobody knows then what it is.
+fn attached(connection: &Connect, domain: &str, xml: &str) -> Result<Vec<AttachedDisk>, Said> {
+    let mut disks = Vec::new();
+    for (source, is_qcow2) in disk_sources(xml) {
         let path = match source {
-            DiskSource::Path(path) => path,
-            DiskSource::Volume { pool, volume } => volume_path(connection, &pool, &volume)?,
+            DiskSource::Path(path) => Some(path),
+            DiskSource::Volume { pool, volume } => {
+                volume_path(connection, &pool, &volume).map_err(|error| not_found(domain, &pool, &volume, &error))?
+            }
         };
-        Some(AttachedDisk { domain: domain.to_owned(), is_saved: false, path: PathBuf::from(path), is_qcow2 })
-    });
-    disks.collect()
+        let disk = |path| AttachedDisk { domain: domain.to_owned(), is_saved: false, path, is_qcow2 };
+        disks.extend(path.map(PathBuf::from).map(disk));
+    }
+    Ok(disks)
+}
+
+fn not_found(domain: &str, pool: &str, volume: &str, error: &virt::error::Error) -> Said {
+    Said {
+        words: format!(
+            "the disk {volume} of the domain {domain} is not found in the storage pool {pool}: {}",
+            error.message()
+        ),
+        hint: Some(format!(
+            "`virsh pool-info {pool}` shows whether the pool is defined and virtstoraged answers; define it, or undefine the \
+             domain {domain}, if nobody needs it"
+        )),
+    }
 }
 
 /// Where a volume of a pool is. A pool that is not started, or was not read since, does not say: then it lies in its
-/// directory.
-fn volume_path(connection: &Connect, pool: &str, volume: &str) -> Option<String> {
-    let pool = connection.lookup_storage_pool_by_name(pool).ok()?;
+/// directory. `None`: it is in no file or device of this host.
+fn volume_path(connection: &Connect, pool: &str, volume: &str) -> Result<Option<String>, virt::error::Error> {
+    let pool = connection.lookup_storage_pool_by_name(pool)?;
     let known = pool.lookup_storage_vol_by_name(volume).and_then(|volume| volume.path());
-    known.ok().or_else(|| Some(format!("{}/{volume}", target_path(&pool.xml_desc(0).ok()?)?)))
+    match known {
+        Ok(path) => Ok(Some(path)),
+        Err(_) => Ok(target_path(&pool.xml_desc(0)?).map(|directory| format!("{directory}/{volume}"))),
+    }
 }
 
 /// The text of `<target><path>` in a pool's XML.
@@ -342,6 +392,26 @@ mod tests {
         assert_eq!(libvirt.pool("absent").unwrap(), None);
         let made = libvirt.ensure_pool("images", Path::new("/srv/a & b")).unwrap();
         assert_eq!(made.path, Path::new("/srv/a & b"));
+    }
+
+    #[test]
+    fn a_disk_that_is_not_found_in_its_pool_is_not_nobodys() {
+        let directory = tempfile::tempdir().unwrap();
+        let host = directory.path().join("host.xml");
+        std::fs::write(
+            &host,
+            "<node><domain type='test'><name>web</name><memory>8192</memory><os><type>hvm</type></os><devices>
+             <disk type='volume'><source pool='gone' volume='web.raw'/><target dev='vda'/></disk>
+             </devices></domain></node>",
+        )
+        .unwrap();
+        let libvirt = Libvirt::new(format!("test://{}", host.display()));
+        for asked in [libvirt.disks_in_use(), libvirt.all_disks()] {
+            let error = asked.unwrap_err();
+            assert_eq!(error.code(), ErrorCode::LibvirtUnavailable, "{error:?}");
+            assert!(error.chain().contains("the disk web.raw of the domain web is not found in the storage pool gone"));
+            assert!(error.to_body().hint.is_some_and(|hint| hint.contains("virsh pool-info gone")), "{error:?}");
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::{
     admission::{self, Admission},
     in_use::{find_settled, refuse_overwriting, refuse_unfinished},
-    known::{Known, appeared, gone, lost_tags, moved_away, not_said_to_be_ours},
+    known::{Known, appeared, find_begun, gone, lost_tags, moved_away, not_said_to_be_ours, refuse_stranger},
     new_volume::Destination,
     order::{Order, VolumeOrder},
     plan::{self, Examined},
@@ -23,7 +23,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     format::{Image, PopulateOptions, Populated},
-    host::block::OpenTarget,
+    host::block::{Identity, OpenTarget},
     image::{Entry, Fetch, Resolved, Stamp},
     job::Stored,
     limit::Limits,
@@ -50,6 +50,8 @@ pub struct Record {
     pub was_inactive: bool,
     /// Whether the volume that was there before may be partly overwritten.
     pub overwriting: bool,
+    /// What that volume is known by, from when its overwriting was begun.
+    pub overwritten: Option<Identity>,
     /// What the populate did.
     pub populated: Option<Populated>,
     /// What the job did in all; its volume's, from the end on.
@@ -62,7 +64,10 @@ impl Record {
     /// Whether an attempt of this job wrote what is on the volume now, to the last byte.
     fn is_on(&self, volume: &Volume) -> bool {
         self.finished
-            || (self.populated.is_some() && self.image_digest.is_some() && volume.tags.image == self.image_digest)
+            || (self.populated.is_some()
+                && self.image_digest.is_some()
+                && volume.tags.image == self.image_digest
+                && refuse_stranger(self.overwritten.as_ref(), volume).is_ok())
     }
 }
 
@@ -82,8 +87,6 @@ enum Claimed {
     Make,
     /// It was there before, and was promised its space; `inactive`: it has no device now.
     Overwrite { admitted: Option<Admission>, inactive: bool },
-    /// An attempt before wrote it to the end.
-    Done(Box<Volume>),
 }
 
 /// An image that was found right, and the state of its file then.
@@ -158,8 +161,27 @@ impl Context {
         Ok(())
     }
 
-    /// Asks the source, or the cache alone where the digest is known: what is to be had, and is it cached.
+    /// Asks what there is of the image, if anything is left to be done with it.
     pub(super) async fn ensure_image_resolved(&mut self) -> Result<()> {
+        // Of one that is on its volume nobody asks the source again: that may be gone by now.
+        if self.is_done().await? { Ok(()) } else { self.resolve().await }
+    }
+
+    /// Whether an attempt of this job wrote the volume to the end, and only that was not recorded. Its user may have it by now.
+    async fn is_done(&mut self) -> Result<bool> {
+        if self.order.volume.is_none() || !(self.record.finished || self.record.populated.is_some()) {
+            return Ok(false);
+        }
+        let ((backend, wanted), record) = (self.backend()?, self.record.clone());
+        let found = blocking(move || Ok(backend.find(&wanted.name)?.filter(|volume| record.is_on(volume)))).await?;
+        let Some(volume) = found else { return Ok(false) };
+        (self.record.finished, self.record.overwriting) = (true, false);
+        self.record.receipt = self.record.receipt.take().or_else(|| self.receipt(&volume));
+        Ok(true)
+    }
+
+    /// Asks the source, or the cache alone where the digest is known: what is to be had, and is it cached.
+    pub(super) async fn resolve(&mut self) -> Result<()> {
         self.progress.enter(Stage::Downloading, 0);
         let resolved = plan::resolve(&self.services, &self.order, &self.progress).await?;
         // A later attempt finds what the first one fetched; the job as a whole still had to fetch it.
@@ -171,12 +193,12 @@ impl Context {
     /// The gate, where the image is, before a byte is fetched or reserved. A cached image that does not pass may be damaged:
     /// then it is put aside, and read at its source.
     pub(super) async fn ensure_image_checked(&mut self) -> Result<()> {
-        if self.has_base().await? {
+        if self.resolved.is_none() || self.has_base().await? {
             return Ok(());
         }
         self.examined = match plan::examine(self.resolved()?, &self.order, &self.progress).await {
             Err(error) if may_be_damage(&error) && self.is_damaged_in_cache().await? => {
-                self.ensure_image_resolved().await?;
+                self.resolve().await?;
                 plan::examine(self.resolved()?, &self.order, &self.progress).await?
             }
             examined => examined?,
@@ -219,23 +241,32 @@ impl Context {
     /// Decides what may be done with the volume, and whether there is room. A new one is promised its space when it is made, in
     /// the next step but one: it may be a copy of a base, which takes none.
     pub(super) async fn ensure_volume_claimed(&mut self) -> Result<()> {
+        if self.is_done().await? {
+            return Ok(());
+        }
+        if self.resolved.is_none() {
+            // It was done a moment ago.
+            self.resolve().await?;
+            self.ensure_image_checked().await?;
+        }
         let (backend, wanted) = self.backend()?;
         let job = self.id;
         let (services, examined) = (Arc::clone(&self.services), self.examined.clone());
         let virtual_size = self.examined.as_ref().map(|examined| examined.header.least_size);
         let before = self.record.clone();
         let claim = blocking(move || match find_settled(&*backend, &wanted.name)? {
-            // An earlier attempt came to the end, and only that was not recorded. Its user may have the volume by now.
-            Some(volume) if before.is_on(&volume) => Ok(Claimed::Done(Box::new(volume))),
             Some(volume) if before.claim == Some(Claim::Make) && volume.tags.job == Some(job) => Ok(Claimed::Make),
             // Nobody asked to overwrite what was not there when this job began.
             Some(volume) if before.claim == Some(Claim::Make) => Err(appeared(&volume)),
             Some(volume) => {
+                refuse_stranger(before.overwritten.as_ref(), &volume)?;
                 plan::compatible(&volume, &wanted, virtual_size)?;
                 refuse_overwriting(&volume, before.overwriting, services.libvirt.as_ref())?;
                 let admitted = admission::admit_existing(&services, &*backend, &volume, &wanted, examined.as_ref())?;
                 Ok(Claimed::Overwrite { admitted, inactive: !volume.path.exists() })
             }
+            // Somebody took away what an attempt before began to overwrite: whoever did may not want another one.
+            None if before.overwriting => Err(gone(&wanted.name)),
             None => {
                 virtual_size.map_or(Ok(()), |size| plan::fits(size, &wanted))?;
                 admission::refuse_full(&services, &*backend, &wanted)?;
@@ -248,10 +279,6 @@ impl Context {
                 self.note_claim(Claim::Overwrite);
                 self.admission = admitted;
                 self.record.was_inactive |= inactive;
-            }
-            Claimed::Done(volume) => {
-                self.record.finished = true;
-                self.record.receipt = self.record.receipt.take().or_else(|| self.receipt(&volume));
             }
         }
         Ok(())
@@ -274,7 +301,7 @@ impl Context {
         let verified = match self.fetch().await? {
             Some(fetched) => fetched,
             None => {
-                self.ensure_image_resolved().await?;
+                self.resolve().await?;
                 self.record.cache_hit = Some(false);
                 self.fetch().await?.ok_or_else(damaged_twice)?
             }
@@ -417,6 +444,10 @@ impl Context {
         let Some(volume) = self.order.volume.as_ref().filter(|_| self.record.claim == Some(Claim::Overwrite)) else {
             return Ok(());
         };
+        let name = volume.name.clone();
+        if self.record.overwriting && self.is_done().await.unwrap_or_default() {
+            tracing::debug!(job_id = %self.id, "its volume says that it holds the image");
+        }
         let how = match (self.record.overwriting, self.record.finished) {
             // Somebody removed it.
             (true, _) if self.held.as_ref().is_some_and(|held| held.is_removed()) => return Ok(()),
@@ -425,20 +456,36 @@ impl Context {
             (false, true) => "holds the new image, all of it; it was kept",
             (false, false) => return Ok(()),
         };
-        let called = match self.renamed().await {
-            Some(now) => format!("{now}, which was called {} when the job began,", volume.name),
-            None => volume.name.to_string(),
+        let message = match self.name_now(&name).await {
+            Ok(Some(now)) if now != name => {
+                format!("volume {now}, which was called {name} when the job began, was there before and {how}")
+            }
+            Ok(None) => format!(
+                "volume {name} was there before and is partly overwritten; it was removed or renamed since, and what may have \
+                 its name now was left as it is"
+            ),
+            _ => format!("volume {name} was there before and {how}"),
         };
-        Err(Error::new(ErrorCode::Interrupted, format!("volume {called} was there before and {how}")))
+        Err(Error::new(ErrorCode::Interrupted, message))
     }
 
-    /// What the volume is called now, where somebody renamed it and that can be seen.
-    async fn renamed(&self) -> Option<VolumeName> {
-        let (known, (backend, _)) = (self.known.clone()?, self.backend().ok()?);
-        // Where its name still leads to it, as nearly always, nothing is listed: that takes a while, in which it is held.
-        let renamed = blocking(move || if known.check().is_ok() { Ok(None) } else { known.find_renamed(&*backend) });
-        let renamed = renamed.await.ok()?;
-        renamed.map(|volume| volume.name)
+    /// What the volume that was there before is called now; `None`: it is certainly not there under its name, nor seen under
+    /// another one.
+    async fn name_now(&self, name: &VolumeName) -> Result<Option<VolumeName>> {
+        let ((backend, _), name) = (self.backend()?, name.clone());
+        let (known, begun) = (self.known.clone(), self.record.overwritten.clone());
+        blocking(move || match (known, begun) {
+            // Where its name still leads to it, as nearly always, nothing is listed: that takes a while, in which it is held.
+            (Some(known), _) if known.check().is_ok() => Ok(Some(name)),
+            (Some(known), _) => Ok(known.find_renamed(&*backend)?.map(|volume| volume.name).or(Some(name))),
+            // An attempt before began it, and this one has not come so far.
+            (None, Some(begun)) => match backend.find(&name)? {
+                Some(volume) if refuse_stranger(Some(&begun), &volume).is_ok() => Ok(Some(name)),
+                _ => Ok(find_begun(&begun, &*backend)?.map(|volume| volume.name)),
+            },
+            (None, None) => Ok(Some(name)),
+        })
+        .await
     }
 
     /// What was done, for the volume as it is now.

@@ -40,6 +40,11 @@ impl Known {
         Ok(Self { name: volume.name.clone(), path: volume.path.clone(), identity })
     }
 
+    /// What a later attempt tells it by.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
     /// Refuses to write what is held where that is another one: its name led elsewhere when it was opened.
     ///
     /// # Errors
@@ -105,6 +110,25 @@ impl Known {
         ))
         .detail("volume", self.name.as_str())
     }
+}
+
+/// Refuses a volume that is not the one that an attempt before began to overwrite, where that can be seen: of one that is not
+/// active it cannot. Blocks.
+///
+/// # Errors
+/// `file_in_the_way`.
+pub fn refuse_stranger(begun: Option<&Identity>, volume: &Volume) -> Result<()> {
+    match (begun, Identity::of(&volume.path)?) {
+        (Some(begun), Some(now)) if begun.is_not(&now) => Err(appeared(volume)),
+        _ => Ok(()),
+    }
+}
+
+/// The volume that an attempt before began to overwrite, whatever it is called now, where that can be seen. Blocks.
+pub fn find_begun(begun: &Identity, backend: &dyn VolumeBackend) -> Result<Option<Volume>> {
+    let is_it =
+        |volume: &Volume| Identity::of(&volume.path).is_ok_and(|now| now.is_some_and(|now| !begun.is_not(&now)));
+    Ok(backend.list()?.into_iter().find(is_it))
 }
 
 /// The error for a volume that stands where an interrupted job was making its own, and is not that.

@@ -159,7 +159,7 @@ impl Context {
                 return Err(damaged_twice());
             }
             damaged_before |= damaged;
-            self.ensure_image_resolved().await?;
+            self.resolve().await?;
             if damaged {
                 self.record.cache_hit = Some(false);
                 self.ensure_image_checked().await?;

@@ -9,7 +9,7 @@ use lvp_api::{Digest, Stage};
 use super::{
     context::{Context, damaged_twice, find_existing},
     in_use::{find_settled, refuse_beside, refuse_overwriting, refuse_physical_volume},
-    known::Known,
+    known::{Known, appeared, refuse_stranger},
     new_volume::Destination,
     plan,
     transfer::may_be_damage,
@@ -30,13 +30,20 @@ impl Context {
         let (backend, wanted) = self.backend()?;
         let (libvirt, image, progress) = (self.services.libvirt.clone(), self.image()?, self.progress.clone());
         // What an attempt of this very job began to write is this job's.
-        let begun = self.record.overwriting;
+        let (begun, begun_on) = (self.record.overwriting, self.record.overwritten.clone());
         let target = blocking(move || {
             let volume = find_existing(&*backend, &wanted)?;
+            refuse_stranger(begun_on.as_ref(), &volume)?;
             plan::compatible(&volume, &wanted, Some(image.least_size()))?;
             refuse_overwriting(&volume, begun, libvirt.as_ref())?;
+            let was_active = volume.path.exists();
             let target = backend.target(&volume, false)?;
             let known = Known::new(&volume)?;
+            // One that was not active can be told from another only now.
+            if begun_on.is_some_and(|begun| begun.is_not(known.identity())) {
+                let put_back = if was_active { Ok(()) } else { backend.put_back(&volume) };
+                return Err(put_back.err().unwrap_or_else(|| appeared(&volume)));
+            }
             let held = OpenTarget::open(&target)?;
             known.check_held(&held)?;
             // One that was not active can be looked into only now.
@@ -47,6 +54,7 @@ impl Context {
             Ok((target, held, known))
         });
         let (target, held, known) = target.await?;
+        self.record.overwritten = Some(known.identity().clone());
         self.known = Some(known);
         self.held = Some(Arc::new(held));
         self.record.device_path = Some(target.path.display().to_string());
@@ -76,7 +84,7 @@ impl Context {
             self.record.populated = Some(written?);
             return Ok(());
         }
-        self.ensure_image_resolved().await?;
+        self.resolve().await?;
         self.record.cache_hit = Some(false);
         self.ensure_image_fetched().await?;
         self.ready_volume().await?;
@@ -95,13 +103,13 @@ impl Context {
         let tagged = match self.untag().await {
             Ok(tagged) => tagged,
             Err(error) => {
-                self.record.overwriting = false;
+                self.record.overwriting = self.may_be_written;
                 return Err(error);
             }
         };
-        // Until here nothing is written.
+        // Until here nothing is written, unless by an attempt or a pass before.
         if let Err(error) = fault::point("volume.untagged").and_then(|()| progress.check()) {
-            self.record.overwriting = false;
+            self.record.overwriting = self.may_be_written;
             self.tag_again(tagged).await;
             return Err(error);
         }

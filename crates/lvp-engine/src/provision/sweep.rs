@@ -3,7 +3,8 @@
 //! ```text
 //!  the job that its tag names      what becomes of it
 //!  waits or runs                   nothing: it is the job's
-//!  has ended                       removed: what should have taken it back had failed
+//!  failed or was cancelled         removed: what should have taken it back had failed
+//!  completed                       a volume is reported, and never removed: its tag came back, as with vgcfgrestore(8)
 //!  is not known here               reported; removed once it is older than the grace period
 //! ```
 //! Only what says on itself that lvp made it and that it is incomplete is a leftover, in the configured targets. A volume that
@@ -13,7 +14,7 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
-use lvp_api::{ErrorCode, JobId, VolumeName};
+use lvp_api::{ErrorCode, JobId, JobStatus, VolumeName};
 
 use super::{
     context::Context,
@@ -34,8 +35,8 @@ struct Leftover {
     /// The volume's name; none for a base.
     volume: Option<VolumeName>,
     job: JobId,
-    /// Whether its job is known here, and has ended.
-    has_ended: bool,
+    /// How its job ended, if it is known here.
+    ended: Option<JobStatus>,
 }
 
 impl fmt::Display for Leftover {
@@ -44,7 +45,13 @@ impl fmt::Display for Leftover {
             Some(name) => write!(f, "incomplete volume {name}")?,
             None => write!(f, "unfinished base")?,
         }
-        let fate = if self.has_ended { "has ended" } else { "is not known here" };
+        let fate = match self.ended {
+            Some(JobStatus::Completed) if self.volume.is_some() => {
+                "completed: so it is whole, whatever its tag says (`lvp volume adopt` takes that away)"
+            }
+            Some(_) => "has ended",
+            None => "is not known here",
+        };
         write!(f, " in {} of job {}, which {fate}", self.target.backend.label(), self.job)
     }
 }
@@ -52,11 +59,14 @@ impl fmt::Display for Leftover {
 impl Leftover {
     /// Whether it may be removed now, if what is older than `grace` may.
     fn is_due(&self, grace: Option<Duration>, now: Timestamp) -> bool {
-        self.has_ended
-            || match (grace, submitted(self.job)) {
+        match self.ended {
+            Some(JobStatus::Completed) => self.volume.is_none(),
+            Some(_) => true,
+            None => match (grace, submitted(self.job)) {
                 (Some(grace), Some(at)) => now.duration_since(at).unsigned_abs() >= grace && now >= at,
                 _ => false,
-            }
+            },
+        }
     }
 }
 
@@ -85,7 +95,7 @@ async fn leftovers(services: &Arc<Services>, runner: &Runner<Context>) -> Result
     for leftover in candidates.await? {
         match runner.get(leftover.job).await {
             Ok(job) if !job.status.is_terminal() => {}
-            Ok(_) => left.push(Leftover { has_ended: true, ..leftover }),
+            Ok(job) => left.push(Leftover { ended: Some(job.status), ..leftover }),
             Err(error) if error.code() == ErrorCode::JobNotFound => left.push(leftover),
             Err(error) => return Err(error),
         }
@@ -99,7 +109,7 @@ async fn leftovers(services: &Arc<Services>, runner: &Runner<Context>) -> Result
 
 /// Everything in a target that says of itself that it is lvp's and incomplete.
 fn incomplete(target: &Target) -> Result<Vec<Leftover>> {
-    let leftover = |volume, job| Leftover { target: target.clone(), volume, job, has_ended: false };
+    let leftover = |volume, job| Leftover { target: target.clone(), volume, job, ended: None };
     let volumes = target.backend.list()?.into_iter();
     let mut found: Vec<Leftover> =
         volumes.filter_map(|volume| Some(leftover(Some(volume.name.clone()), job_of(&volume)?))).collect();
@@ -179,20 +189,24 @@ mod tests {
     use super::*;
     use crate::volume::{LockRetry, Targets};
 
-    fn leftover(has_ended: bool) -> Leftover {
+    fn leftover(ended: Option<JobStatus>) -> Leftover {
         let targets = Targets::new(BTreeMap::new(), LockRetry { attempts: 0, backoff: Vec::new() });
         let target = targets.find(Some("dir:/nowhere"), true).unwrap();
-        Leftover { target, volume: Some("web".parse().unwrap()), job: JobId(uuid::Uuid::now_v7()), has_ended }
+        Leftover { target, volume: Some("web".parse().unwrap()), job: JobId(uuid::Uuid::now_v7()), ended }
     }
 
     #[test]
     fn what_is_unknown_waits_for_the_grace_period() {
         let (hour, now) = (Duration::from_secs(3600), Timestamp::now());
-        let (known, unknown) = (leftover(true), leftover(false));
+        let (known, unknown) = (leftover(Some(JobStatus::Failed)), leftover(None));
         assert!(known.is_due(Some(hour), now) && known.is_due(None, now));
         assert!(!unknown.is_due(Some(hour), now));
         assert!(!unknown.is_due(None, now + hour * 100), "never means never");
         assert!(unknown.is_due(Some(hour), now + hour + Duration::from_secs(1)));
+        // What a completed job wrote is whole, whatever its tag says; a base is nobody's.
+        let completed = leftover(Some(JobStatus::Completed));
+        assert!(!completed.is_due(Some(hour), now + hour * 100));
+        assert!(Leftover { volume: None, ..completed }.is_due(Some(hour), now));
         // A clock that was set back makes nothing old.
         assert!(!unknown.is_due(Some(hour), now - hour * 2));
     }

@@ -23,6 +23,7 @@ mod one_pass;
 mod people_faults;
 mod qcow2_volumes;
 mod receipts;
+mod resumed_faults;
 mod source_faults;
 mod source_tls;
 mod surface;

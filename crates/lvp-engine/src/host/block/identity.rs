@@ -17,11 +17,13 @@ use std::{
 };
 
 use rustix::fs::{major, minor};
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
 /// A regular file or a block device, whatever it is called.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Identity {
     /// A regular file.
     File {
@@ -68,6 +70,20 @@ impl Identity {
         Ok(Self::seen(&file.metadata()?))
     }
 
+    /// Whether `later` is certainly another one, where this was noted maybe before the host started: a file system, and a device
+    /// that is not mapped, may have another number since.
+    pub fn is_not(&self, later: &Self) -> bool {
+        match (self, later) {
+            (Self::File { inode, born: Some(born), .. }, Self::File { inode: now, born: Some(since), .. }) => {
+                (inode, born) != (now, since)
+            }
+            (Self::File { inode, .. }, Self::File { inode: now, .. }) => inode != now,
+            (Self::Mapped(one), Self::Mapped(other)) => one != other,
+            (Self::Device(_), Self::Device(_)) => false,
+            _ => true,
+        }
+    }
+
     fn seen(metadata: &Metadata) -> Option<Self> {
         if metadata.is_file() {
             let born = metadata.created().ok();
@@ -103,11 +119,19 @@ mod tests {
         fs::rename(&one, &two).unwrap();
         assert_eq!(Identity::of(&two).unwrap(), first);
         assert_eq!(Identity::of_open(&open).unwrap(), first);
+        // As it is read again after the host started.
+        let noted = serde_json::to_string(&first).unwrap();
+        assert_eq!(serde_json::from_str::<Option<Identity>>(&noted).unwrap(), first);
+        let Some(Identity::File { inode, born, .. }) = first.clone() else { panic!("{first:?}") };
+        assert!(!first.as_ref().unwrap().is_not(&Identity::File { device: 7, inode, born }));
+        assert!(first.as_ref().unwrap().is_not(&Identity::Mapped("LVM-1".to_owned())));
         drop(open);
         // A new file gets the number of one that is gone, as on ext4.
         fs::remove_file(&two).unwrap();
         fs::write(&one, "x").unwrap();
-        assert_ne!(Identity::of(&one).unwrap(), first);
+        let second = Identity::of(&one).unwrap();
+        assert_ne!(second, first);
+        assert!(first.unwrap().is_not(second.as_ref().unwrap()));
         symlink(&one, &two).unwrap();
         assert_eq!(Identity::of(&two).unwrap(), None);
         assert_eq!(Identity::of(directory.path()).unwrap(), None);

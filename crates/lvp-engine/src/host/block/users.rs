@@ -16,7 +16,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{OFlags, major, minor},
+    fs::{AtFlags, CWD, FileType, OFlags, StatxFlags, major, makedev, minor, statx},
     io::Errno,
 };
 
@@ -43,8 +43,17 @@ impl Subject {
         }
     }
 
+    /// Asks for what the kernel knows by itself: a server of files that does not answer, of whom any process has one open, must
+    /// not stop the question (statx(2), AT_STATX_DONT_SYNC).
     fn is_at(self, path: &Path) -> bool {
-        path.metadata().is_ok_and(|metadata| Self::of(&metadata) == self)
+        let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
+        let Ok(there) = statx(CWD, path, flags, StatxFlags::TYPE | StatxFlags::INO) else { return false };
+        let seen = if FileType::from_raw_mode(there.stx_mode.into()) == FileType::BlockDevice {
+            Self::Device(makedev(there.stx_rdev_major, there.stx_rdev_minor))
+        } else {
+            Self::File { device: makedev(there.stx_dev_major, there.stx_dev_minor), inode: there.stx_ino }
+        };
+        seen == self
     }
 }
 
@@ -115,7 +124,7 @@ fn partitions(directory: &Path, users: &mut BTreeSet<String>) {
         if let Some((major, minor)) = number.trim().split_once(':')
             && let (Ok(major), Ok(minor)) = (major.parse(), minor.parse())
         {
-            let number = rustix::fs::makedev(major, minor);
+            let number = makedev(major, minor);
             mounts(number, &what, users);
             swap(Subject::Device(number), users);
         }

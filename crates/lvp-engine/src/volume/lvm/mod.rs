@@ -59,8 +59,12 @@ impl Lvm {
 
     /// Runs an LVM command; again, after a wait, while another command holds the lock. Nothing else is tried again.
     fn run(&self, program: &str, arguments: &[&str]) -> Result<Finished> {
+        self.run_by(|| cmd::run(program, arguments, LIMIT), program)
+    }
+
+    fn run_by(&self, run: impl Fn() -> Result<Finished>, program: &str) -> Result<Finished> {
         for attempt in 0..self.retry.attempts {
-            let finished = cmd::run(program, arguments, LIMIT)?;
+            let finished = run()?;
             if finished.code == 0 || !is_lock_contention(&finished.stderr) {
                 return Ok(finished);
             }
@@ -74,7 +78,7 @@ impl Lvm {
             );
             thread::sleep(wait);
         }
-        cmd::run(program, arguments, LIMIT)
+        run()
     }
 
     fn run_ok(&self, program: &str, arguments: &[&str]) -> Result<Finished> {
@@ -122,7 +126,10 @@ impl Lvm {
 
     fn report<T: DeserializeOwned>(&self, program: &str, fields: &str, what: &str) -> Result<Vec<T>> {
         let arguments = ["--reportformat", "json", "--units", "b", "--nosuffix", "-o", fields, what];
-        let finished = self.run_ok(program, &arguments)?;
+        let finished = self.run_by(|| cmd::ask(&self.group, program, &arguments, LIMIT), program)?;
+        if finished.code != 0 {
+            return Err(self.explain(program, &arguments, &finished));
+        }
         rows(&finished.stdout, if program == "vgs" { "vg" } else { "lv" })
             .map_err(|error| error.detail("command", format!("{program} {}", arguments.join(" "))))
     }
