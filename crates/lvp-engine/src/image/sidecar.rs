@@ -114,6 +114,14 @@ impl SourceRecord {
             _ => false,
         }
     }
+
+    /// Whether what the source says now shows that it has something else than it had then. A source that says nothing of
+    /// itself shows nothing.
+    pub fn is_other(&self, now: &SourceInfo) -> bool {
+        let other_size = now.size.is_some_and(|size| size != self.size);
+        let differs = self.etag != now.etag || self.last_modified != now.last_modified || other_size;
+        differs && !self.is_same(now)
+    }
 }
 
 impl Sidecar {
@@ -152,6 +160,18 @@ impl Sidecar {
         self.sources.push(record);
         let surplus = self.sources.len().saturating_sub(SOURCES_KEPT);
         self.sources.drain(..surplus);
+    }
+
+    /// Notes that a place still has this image: by what it says of itself now, or, without that, by its own checksum file.
+    /// What it says of itself is noted only where it said the same when the bytes came from there, and what is known by a
+    /// checksum file is told from nothing else: else a later request would be given these bytes for what the place has.
+    pub fn see_again(&mut self, url: &ImageUrl, now: Option<&SourceInfo>) {
+        let size = self.size;
+        match (self.source(&url.identity()), now) {
+            (Some(seen), Some(now)) if seen.is_same(now) => self.see(SourceRecord::new(url, Some(now), size)),
+            (None, None) => self.see(SourceRecord::new(url, None, size)),
+            _ => {}
+        }
     }
 
     /// The place of this identity.
