@@ -148,10 +148,18 @@ impl Sidecar {
     /// Whether the file is another one by now than the one that was published, or somebody wrote to it.
     pub fn is_changed(&self, facts: &Metadata) -> bool {
         let now = Published::of(facts);
-        match self.published {
+        let other = match self.published {
             Some(then) => then != now,
             None => now.modified.0 > self.fetched_at.as_second(),
-        }
+        };
+        other || facts.len() != self.size
+    }
+
+    /// At a start, the file with the time of the one that was published is that one, also in another place: the cache was copied
+    /// with its times (`cp -a`), or brought back from a backup.
+    pub fn find(&mut self, facts: &Metadata) {
+        let now = Published::of(facts);
+        self.published = self.published.map(|then| if then.modified == now.modified { now } else { then });
     }
 
     /// Notes where the image was seen, once per place.

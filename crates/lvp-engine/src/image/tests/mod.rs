@@ -84,20 +84,24 @@ impl Bed {
         }
     }
 
-    /// Closes the cache and opens it again.
-    async fn restart(mut self) -> Self {
+    /// Closes the cache and opens it again, without a limit.
+    async fn restart(self) -> Self {
+        self.restart_limited(None).await
+    }
+
+    async fn restart_limited(mut self, max_bytes: Option<u64>) -> Self {
         // The lock goes with the last handle.
         let placeholder = tempfile::tempdir().unwrap();
         self.images = open(placeholder.path(), &self.settings, None).await.unwrap();
-        self.images = self.open_when_unlocked().await;
+        self.images = self.open_when_unlocked(max_bytes).await;
         self
     }
 
     /// A program that another test starts in this moment holds copies of our descriptors, the lock among them, until it
     /// has begun.
-    async fn open_when_unlocked(&self) -> Images {
+    async fn open_when_unlocked(&self, max_bytes: Option<u64>) -> Images {
         for _ in 0..500 {
-            match open(self.root.path(), &self.settings, None).await {
+            match open(self.root.path(), &self.settings, max_bytes).await {
                 Err(error) if error.code() == ErrorCode::StateLocked => {
                     tokio::time::sleep(Duration::from_millis(10)).await;
                 }
