@@ -95,6 +95,15 @@ pub(super) struct Shared {
 pub enum Fetch {
     /// The image was in the cache, or another request brought it meanwhile.
     Cached(Entry),
+    /// The image was downloaded, and its digest is that of an image of the cache.
+    Known {
+        /// That image. Its file was not looked into.
+        entry: Entry,
+        /// Bytes that came from the source.
+        fetched: u64,
+        /// As [`Unpublished::along_is_good`].
+        along_is_good: bool,
+    },
     /// The image was downloaded and its digest is right; it is not in the cache yet.
     New(Box<Unpublished>),
 }
@@ -238,7 +247,7 @@ impl Images {
         if let Some(entry) = self.with_index(move |index| index.adopt(&sidecar, &seen)).await? {
             drop(partial);
             lead.publish(&entry);
-            return Ok(Fetch::Cached(entry));
+            return Ok(Fetch::Known { entry, fetched, along_is_good });
         }
         Ok(Fetch::New(Box::new(Unpublished {
             images: self.clone(),

@@ -59,6 +59,14 @@ impl Resolved {
             .and_then(|info| Some(Reader::remote(self.source.clone(), info.clone(), info.size?, progress.clone()))))
     }
 
+    /// The same, with the image that was fetched for it.
+    #[must_use]
+    pub fn found(&self, entry: Entry) -> Self {
+        let Self { wanted, source, expected, info, .. } = self;
+        let (wanted, source, expected, info) = (wanted.clone(), source.clone(), expected.clone(), info.clone());
+        Self { wanted, source, expected, cached: Some(entry), info }
+    }
+
     /// Whether what another request brought from the same place is another image than this one: that request began before the
     /// source had what it said of itself when this one looked.
     pub(super) fn is_other_than(&self, entry: &Entry) -> bool {

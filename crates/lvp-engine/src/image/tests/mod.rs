@@ -80,7 +80,7 @@ impl Bed {
     async fn download(&self, url: &str) -> Result<Box<Unpublished>> {
         match self.images.fetch(&self.resolve(url).await?, None, &Progress::default()).await? {
             Fetch::New(new) => Ok(new),
-            Fetch::Cached(entry) => panic!("{entry:?} was cached"),
+            Fetch::Cached(entry) | Fetch::Known { entry, .. } => panic!("{entry:?} was cached"),
         }
     }
 
@@ -159,7 +159,7 @@ async fn open_asking(
 /// Resolves, fetches and publishes.
 async fn bring(images: &Images, wanted: &Wanted, progress: &Progress) -> Result<Entry> {
     match images.fetch(&images.resolve(wanted, progress).await?, None, progress).await? {
-        Fetch::Cached(entry) => Ok(entry),
+        Fetch::Cached(entry) | Fetch::Known { entry, .. } => Ok(entry),
         Fetch::New(new) => new.publish(Some(1 << 30)).await,
     }
 }
