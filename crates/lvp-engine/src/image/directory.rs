@@ -10,12 +10,12 @@
 //!      <image name>.corrupt          an image that lost its digest; removed at the next start, if nobody uses it
 //!      <image name>.damaged          the sidecar of one that stays in its place as long as somebody may use it
 //! ```
-//! A file without a sidecar is not ours and never touched. A file whose size is not its sidecar's was changed by someone
-//! else: the sidecar goes, the file stays, and is not ours from then on. It leaves out what is evicted when: see `index`.
+//! A file without a sidecar is not ours and never touched. A file that somebody wrote to, or put in place of ours, is his:
+//! instead of it the sidecar goes, and it is not ours from then on. It leaves out what is evicted when: see `index`.
 //! Everything here blocks.
 
 use std::{
-    fs::{DirBuilder, File},
+    fs::{DirBuilder, File, Metadata},
     io,
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
@@ -177,7 +177,7 @@ impl Directory {
 
     /// The sidecar of an image, if the two still belong together.
     fn check(&self, name: &str, sidecar_path: &Path) -> Result<Option<Sidecar>> {
-        let sidecar = match Sidecar::read(sidecar_path) {
+        let mut sidecar = match Sidecar::read(sidecar_path) {
             Ok(sidecar) => sidecar,
             Err(error) => {
                 tracing::warn!(
@@ -188,20 +188,20 @@ impl Directory {
             }
         };
         let image = self.path.join(name);
-        let size = match image.symlink_metadata() {
-            Ok(metadata) if metadata.is_file() => Some(metadata.len()),
-            Ok(_) => None,
+        let facts = match image.symlink_metadata() {
+            Ok(metadata) => Some(metadata).filter(Metadata::is_file),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 tracing::info!(image = name, "a cached image was removed by someone else; forgetting it");
                 return self.forget(name).map(|()| None);
             }
             Err(error) => return Err(Error::io("reading", &image, error)),
         };
-        if size == Some(sidecar.size) {
+        if let Some(facts) = facts.as_ref().filter(|facts| facts.len() == sidecar.size) {
+            sidecar.find(facts);
             return Ok(Some(sidecar));
         }
         tracing::warn!(
-            image = name, expected = sidecar.size, actual = ?size,
+            image = name, expected = sidecar.size, actual = ?facts.map(|facts| facts.len()),
             "a cached image was changed by someone else; its file is left alone and not used any more"
         );
         self.forget(name).map(|()| None)
@@ -239,7 +239,7 @@ impl Directory {
             let reached = fault::point("cache.remembered").map_err(io::Error::other);
             match reached.and_then(|()| rename_new(partial, &image)) {
                 Ok(()) => {
-                    return self.settle(name).map(|()| name.clone());
+                    return self.settle(name, sidecar).map(|()| name.clone());
                 }
                 Err(error) => {
                     self.forget(name)?;
@@ -262,9 +262,9 @@ impl Directory {
 
     /// Brings a published image to the disk. What is not reported as published is not there: nobody would know of it until
     /// the next start, and fetch it once more.
-    fn settle(&self, name: &str) -> Result<()> {
+    fn settle(&self, name: &str, sidecar: &Sidecar) -> Result<()> {
         fault::point("cache.published").and_then(|()| self.sync()).inspect_err(|_| {
-            if let Err(error) = self.remove(name) {
+            if let Err(error) = self.remove(name, sidecar) {
                 tracing::warn!(image = name, error = error.chain(), "an image is left until the next start");
             }
         })
@@ -279,13 +279,22 @@ impl Directory {
         Ok(())
     }
 
-    /// Removes an image. The file first: a sidecar without a file is forgotten at the next start, but a file without a
+    /// Removes an image; says whether it is gone. A file that somebody wrote to, or put there, is his: it stays, and only what
+    /// is remembered goes. The file first: a sidecar without a file is forgotten at the next start, but a file without a
     /// sidecar would stay for ever.
-    pub fn remove(&self, name: &str) -> Result<()> {
+    pub fn remove(&self, name: &str, sidecar: &Sidecar) -> Result<bool> {
         let image = self.path.join(name);
-        match std::fs::remove_file(&image) {
+        let removed = match image.symlink_metadata() {
+            Ok(facts) if sidecar.is_changed(&facts) => {
+                tracing::warn!(image = name, "a cached image was changed by someone else; its file is not removed");
+                return self.forget(name).map(|()| false);
+            }
+            Ok(_) => std::fs::remove_file(&image),
+            Err(error) => Err(error),
+        };
+        match removed {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("removing", &image, error)),
-            _ => self.forget(name),
+            _ => self.forget(name).map(|()| true),
         }
     }
 

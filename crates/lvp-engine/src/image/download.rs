@@ -19,7 +19,7 @@ use super::{
     index::Reservation,
     partial::Partial,
     pieces::{Broken, Pieces},
-    retry::{Failure, Retries, WORTHWHILE},
+    retry::{Again, Failure, Retries, WORTHWHILE},
     source::{Source, SourceInfo, blocking},
     writer::{Order, Writer, Written},
 };
@@ -170,13 +170,18 @@ impl Download<'_> {
     async fn receive_stream(&self, writer: &mut Writer, at: &mut Position) -> Result<()> {
         let resumes = self.info.accepts_ranges && self.info.strong_etag().is_some();
         let mut retries = Retries::new(self.source.settings());
+        let is_all = |at: &Position| self.info.size.is_some_and(|size| size > 0 && size == at.offset);
+        if is_all(at) {
+            // An earlier run left all of it.
+            return Ok(());
+        }
         loop {
             let before = at.offset;
             let from = if resumes { before } else { 0 };
             match self.progress.until_stopped(self.attempt(writer, at, from)).await? {
                 Ok(()) => return Ok(()),
-                // The connection broke after the last byte.
-                Err(_) if self.info.size.is_some_and(|size| size > 0 && size == at.offset) => return Ok(()),
+                // The connection broke after the last byte; a definite failure says that what came is not the image.
+                Err(failure) if failure.again != Again::Never && is_all(at) => return Ok(()),
                 Err(failure) => {
                     retries.pause(failure, resumes && at.offset >= before + WORTHWHILE, self.progress).await?;
                 }

@@ -29,12 +29,22 @@ pub(super) fn look(path: &Path) -> Result<SourceInfo> {
 pub(super) fn open(path: &Path, info: &SourceInfo) -> Result<File> {
     look(path)?;
     let file = File::open(path).map_err(|error| failed(path, error))?;
-    let now = describe(&file.metadata().map_err(|error| failed(path, error))?);
-    if info.etag.is_some() && now.etag != info.etag {
-        return Err(Error::new(ErrorCode::SourceChanged, format!("{} changed while it was read", path.display()))
-            .hint("try again once the file is complete"));
-    }
+    let now = file.metadata().map_err(|error| failed(path, error))?;
+    check_unchanged(path, &now, info.etag.as_deref())?;
     Ok(file)
+}
+
+/// That the opened file is as it was when its ETag was made, before the first and after the last byte is read. A file that
+/// another one was renamed over meanwhile is: all of it was read.
+///
+/// # Errors
+/// `source_changed`.
+pub(super) fn check_unchanged(path: &Path, now: &Metadata, etag: Option<&str>) -> Result<()> {
+    if etag.is_none() || describe(now).etag.as_deref() == etag {
+        return Ok(());
+    }
+    Err(Error::new(ErrorCode::SourceChanged, format!("{} changed while it was read", path.display()))
+        .hint("try again once the file is complete"))
 }
 
 fn describe(metadata: &Metadata) -> SourceInfo {

@@ -32,7 +32,7 @@ use super::{
     index::{Index, Reservation},
     location::ImageUrl,
     partial::{Origin, Partial},
-    reader::Reader,
+    resolved::Resolved,
     settings::SourceSettings,
     sidecar::{Sidecar, SourceRecord},
     source::{Source, SourceInfo, Sources, blocking},
@@ -91,20 +91,19 @@ pub(super) struct Shared {
     pool: Option<StoragePool>,
 }
 
-/// A wanted image, looked up: nothing has changed yet. A cached one is in use while this lives.
-pub struct Resolved {
-    wanted: Wanted,
-    source: Source,
-    expected: Option<Digest>,
-    cached: Option<Entry>,
-    /// What the source says, when it had to be asked.
-    pub(super) info: Option<SourceInfo>,
-}
-
 /// What a fetch gave.
 pub enum Fetch {
     /// The image was in the cache, or another request brought it meanwhile.
     Cached(Entry),
+    /// The image was downloaded, and its digest is that of an image of the cache.
+    Known {
+        /// That image. Its file was not looked into.
+        entry: Entry,
+        /// Bytes that came from the source.
+        fetched: u64,
+        /// As [`Unpublished::along_is_good`].
+        along_is_good: bool,
+    },
     /// The image was downloaded and its digest is right; it is not in the cache yet.
     New(Box<Unpublished>),
 }
@@ -123,44 +122,6 @@ pub struct Unpublished {
     along_is_good: bool,
     /// Last, so that the next request begins after the partial file is gone.
     lead: Lead,
-}
-
-impl Resolved {
-    /// The promised digest.
-    pub fn expected(&self) -> Option<&Digest> {
-        self.expected.as_ref()
-    }
-
-    /// The cached image, when this is a hit. It may have been fetched as another format than is wanted now.
-    pub fn cached(&self) -> Option<&Entry> {
-        self.cached.as_ref()
-    }
-
-    /// The size of the file in bytes, if known.
-    pub fn size(&self) -> Option<u64> {
-        self.cached.as_ref().map(Entry::size).or_else(|| self.info.as_ref()?.size)
-    }
-
-    /// Random access to the image before it is fetched. `None` when the source does not say the size or serves no
-    /// ranges: then it must be fetched to be read. To be called inside the runtime; see [`Reader`] for its use.
-    pub fn reader(&self, progress: &Progress) -> Result<Option<Reader>> {
-        if let Some(entry) = &self.cached {
-            let file = File::open(entry.path()).map_err(|error| Error::io("opening", entry.path(), error))?;
-            return Ok(Some(Reader::cached(file, entry.clone())));
-        }
-        let ranged = self.info.as_ref().filter(|info| info.accepts_ranges);
-        Ok(ranged
-            .and_then(|info| Some(Reader::remote(self.source.clone(), info.clone(), info.size?, progress.clone()))))
-    }
-
-    /// One key, one download. The format is part of it, since a download is refused for what it was declared to be.
-    fn key(&self) -> String {
-        let format = self.wanted.format;
-        match &self.expected {
-            Some(digest) => format!("{}-{}.{format}", digest.algorithm().name(), digest.hex()),
-            None => format!("url-{}.{format}", self.wanted.url.identity()),
-        }
-    }
 }
 
 impl Images {
@@ -257,7 +218,7 @@ impl Images {
         if let Some(entry) = &resolved.cached {
             return self.hit(entry.clone(), resolved).await;
         }
-        let lead = match self.shared.flights.join(&resolved.key(), &resolved.wanted.url, progress).await? {
+        let lead = match self.join(resolved, progress).await? {
             Joined::Lead(lead) => lead,
             Joined::Done(entry) => return self.hit(entry, resolved).await,
         };
@@ -286,7 +247,7 @@ impl Images {
         if let Some(entry) = self.with_index(move |index| index.adopt(&sidecar, &seen)).await? {
             drop(partial);
             lead.publish(&entry);
-            return Ok(Fetch::Cached(entry));
+            return Ok(Fetch::Known { entry, fetched, along_is_good });
         }
         Ok(Fetch::New(Box::new(Unpublished {
             images: self.clone(),
@@ -301,6 +262,16 @@ impl Images {
             along_is_good,
             lead,
         })))
+    }
+
+    /// Takes the lead of a download, or what another request brings meanwhile.
+    async fn join(&self, resolved: &Resolved, progress: &Progress) -> Result<Joined> {
+        loop {
+            match self.shared.flights.join(&resolved.key(), &resolved.wanted.url, progress).await? {
+                Joined::Done(entry) if resolved.is_other_than(&entry) => {}
+                joined => return Ok(joined),
+            }
+        }
     }
 
     /// An image without its published checksum, where that is another one by now, came in the middle of an upload.
@@ -327,15 +298,16 @@ impl Images {
     async fn hit(&self, entry: Entry, resolved: &Resolved) -> Result<Fetch> {
         let (url, info) = (resolved.wanted.url.clone(), resolved.info.clone());
         let promised = resolved.expected.is_some();
+        // A digest in a request says nothing of the place that the request names beside it.
+        let by_place = resolved.wanted.checksum.is_none();
         let used = entry.clone();
         let noted = self
             .with_index(move |index| {
                 index.update(&used, |sidecar| {
                     sidecar.last_used_at = Timestamp::now();
                     sidecar.verified |= promised;
-                    if info.is_some() || sidecar.source(&url.identity()).is_none() {
-                        let size = sidecar.size;
-                        sidecar.see(SourceRecord::new(&url, info.as_ref(), size));
+                    if by_place {
+                        sidecar.see_again(&url, info.as_ref().filter(|_| !promised));
                     }
                 })
             })
@@ -473,7 +445,7 @@ impl Images {
     /// Refuses an image that may not be deleted now.
     ///
     /// # Errors
-    /// As [`Images::delete`].
+    /// As [`Images::delete`], but for an image whose file somebody changed.
     pub async fn refuse_delete(&self, name_or_digest: &str) -> Result<()> {
         let text = name_or_digest.to_owned();
         self.with_index(move |index| index.refuse_delete(&text).map(drop)).await
@@ -482,7 +454,8 @@ impl Images {
     /// Deletes an image.
     ///
     /// # Errors
-    /// `image_not_found`, `image_pinned`, `image_in_use`; `libvirt_unavailable`, because then nobody knows who uses it.
+    /// `image_not_found`, `image_pinned`, `image_in_use`; `libvirt_unavailable`, because then nobody knows who uses it;
+    /// `file_in_the_way`, when somebody changed its file: that stays, and the image is forgotten.
     pub async fn delete(&self, name_or_digest: &str) -> Result<()> {
         let text = name_or_digest.to_owned();
         self.with_index(move |index| index.delete(&text)).await?;

@@ -205,18 +205,19 @@ impl Index {
         self.directory.remember(entry.name(), &sidecar)
     }
 
-    /// Removes an image that is neither pinned nor in use.
+    /// Removes an image that is neither pinned nor in use. One whose file somebody changed is forgotten: the file is his.
     ///
     /// # Errors
-    /// Those of [`Index::refuse_delete`].
+    /// Those of [`Index::refuse_delete`]; `file_in_the_way` for such an image.
     pub fn delete(&self, text: &str) -> Result<()> {
         let name = self.refuse_delete(text)?;
         let mut state = self.state();
         let Some(record) = state.records.get(&name) else { return Ok(()) };
         refuse_held(record)?;
-        self.directory.remove(&name)?;
+        let removed = self.directory.remove(&name, &record.sidecar())?;
+        let kept = (!removed).then(|| changed(record));
         state.records.remove(&name);
-        Ok(())
+        kept.map_or(Ok(()), Err)
     }
 
     /// Refuses an image that may not be deleted now, and gives the name of one that may.
@@ -326,10 +327,10 @@ impl Index {
     pub fn refuse_full(&self, bytes: u64) -> Result<()> {
         let mut asked = Asked::default();
         loop {
-            let state = self.state();
+            let mut state = self.state();
             let unknown = self.ledger.at(&self.place, |room| {
                 // What interrupted downloads left goes first.
-                let lack = self.lack(&state, room, bytes)?.saturating_sub(state.left());
+                let lack = self.lack_of_ours(&mut state, room, bytes)?.saturating_sub(state.left());
                 let idle = self.evictable(&state, room, (bytes, lack), &asked)?;
                 Ok::<_, Error>(unknown(&idle, lack, &asked))
             })?;
@@ -361,15 +362,14 @@ impl Index {
             tracing::info!(file = %left.display(), "removing what an interrupted download left, to make room");
             partial::discard(&left);
         }
-        let mut lack = self.lack(state, room, more)?;
+        let mut lack = self.lack_of_ours(state, room, more)?;
         let idle = self.evictable(state, room, (more, lack), asked)?;
         let mut unknown = unknown(&idle, lack, asked);
         let mut oldest_first = idle.into_iter();
         while unknown.is_empty() && lack > 0 {
             match oldest_first.next() {
                 Some(image) if asked.free.contains(&image.name) => {
-                    self.evict(state, &image)?;
-                    asked.evicted += 1;
+                    asked.evicted += usize::from(self.evict(state, &image)?);
                     lack = self.lack(state, room, more)?;
                 }
                 Some(image) => unknown.push(image),
@@ -379,12 +379,30 @@ impl Index {
         Ok(unknown)
     }
 
-    fn evict(&self, state: &mut State, image: &Idle) -> Result<()> {
+    /// Removes an image; says whether that made room. One whose file somebody changed since is forgotten.
+    fn evict(&self, state: &mut State, image: &Idle) -> Result<bool> {
         let Idle { last_used_at, size, name, .. } = image;
-        self.directory.remove(name)?;
+        let Some(record) = state.records.get(name) else { return Ok(false) };
+        let removed = self.directory.remove(name, &record.sidecar())?;
         state.records.remove(name);
-        tracing::info!(image = name, size, %last_used_at, "evicted a cached image to make room");
-        Ok(())
+        if removed {
+            tracing::info!(image = name, size, %last_used_at, "evicted a cached image to make room");
+        }
+        Ok(removed)
+    }
+
+    /// How many bytes are missing for `more`, once the images are forgotten that somebody changed: they are not lvp's to
+    /// remove, and count no more.
+    fn lack_of_ours(&self, state: &mut State, room: &mut Room, more: u64) -> Result<u64> {
+        let lack = self.lack(state, room, more)?;
+        if lack == 0 {
+            return Ok(0);
+        }
+        let idle = state.records.values().filter(|record| !in_use(record) && !record.sidecar().pinned);
+        let theirs: Vec<_> = idle.filter(|record| !is_ours(record)).cloned().collect();
+        theirs.iter().for_each(|record| self.forget(state, record));
+        drop(theirs);
+        self.lack(state, room, more)
     }
 
     /// How many bytes are missing for `more`.
@@ -506,6 +524,24 @@ fn is_there(record: &Record) -> bool {
         Ok(metadata) => metadata.is_file() && metadata.len() == size,
         Err(error) => error.kind() != io::ErrorKind::NotFound,
     }
+}
+
+/// Whether the file still is the one that the cache put there, and nobody wrote to it. One that cannot be looked at now is.
+fn is_ours(record: &Record) -> bool {
+    match record.path.symlink_metadata() {
+        Ok(facts) => !record.sidecar().is_changed(&facts),
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    }
+}
+
+/// The error for an image whose file is not lvp's to remove.
+fn changed(record: &Record) -> Error {
+    let (name, path) = (&record.name, record.path.display());
+    let message = format!(
+        "the file of the cached image {name} is not removed: somebody wrote to it or put another one in its place, so that it \
+         is not lvp's any more"
+    );
+    Error::new(ErrorCode::FileInTheWay, message).hint(format!("remove {path} yourself if nobody needs it"))
 }
 
 /// Space for one download, given back when dropped.

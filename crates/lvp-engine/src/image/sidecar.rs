@@ -114,6 +114,14 @@ impl SourceRecord {
             _ => false,
         }
     }
+
+    /// Whether what the source says now shows that it has something else than it had then. A source that says nothing of
+    /// itself shows nothing.
+    pub fn is_other(&self, now: &SourceInfo) -> bool {
+        let other_size = now.size.is_some_and(|size| size != self.size);
+        let differs = self.etag != now.etag || self.last_modified != now.last_modified || other_size;
+        differs && !self.is_same(now)
+    }
 }
 
 impl Sidecar {
@@ -140,10 +148,18 @@ impl Sidecar {
     /// Whether the file is another one by now than the one that was published, or somebody wrote to it.
     pub fn is_changed(&self, facts: &Metadata) -> bool {
         let now = Published::of(facts);
-        match self.published {
+        let other = match self.published {
             Some(then) => then != now,
             None => now.modified.0 > self.fetched_at.as_second(),
-        }
+        };
+        other || facts.len() != self.size
+    }
+
+    /// At a start, the file with the time of the one that was published is that one, also in another place: the cache was copied
+    /// with its times (`cp -a`), or brought back from a backup.
+    pub fn find(&mut self, facts: &Metadata) {
+        let now = Published::of(facts);
+        self.published = self.published.map(|then| if then.modified == now.modified { now } else { then });
     }
 
     /// Notes where the image was seen, once per place.
@@ -152,6 +168,18 @@ impl Sidecar {
         self.sources.push(record);
         let surplus = self.sources.len().saturating_sub(SOURCES_KEPT);
         self.sources.drain(..surplus);
+    }
+
+    /// Notes that a place still has this image: by what it says of itself now, or, without that, by its own checksum file.
+    /// What it says of itself is noted only where it said the same when the bytes came from there, and what is known by a
+    /// checksum file is told from nothing else: else a later request would be given these bytes for what the place has.
+    pub fn see_again(&mut self, url: &ImageUrl, now: Option<&SourceInfo>) {
+        let size = self.size;
+        match (self.source(&url.identity()), now) {
+            (Some(seen), Some(now)) if seen.is_same(now) => self.see(SourceRecord::new(url, Some(now), size)),
+            (None, None) => self.see(SourceRecord::new(url, None, size)),
+            _ => {}
+        }
     }
 
     /// The place of this identity.

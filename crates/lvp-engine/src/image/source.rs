@@ -151,8 +151,10 @@ impl Source {
             return blocking(move || {
                 let mut buffer = BytesMut::zeroed(length);
                 let opened: File = file::open(&path, &info)?;
-                opened.read_exact_at(&mut buffer, offset).map_err(|error| file::failed(&path, error))?;
-                Ok(buffer.freeze())
+                let read = opened.read_exact_at(&mut buffer, offset);
+                let now = opened.metadata().map_err(|error| file::failed(&path, error))?;
+                file::check_unchanged(&path, &now, info.etag.as_deref())?;
+                read.map(|()| buffer.freeze()).map_err(|error| file::failed(&path, error))
             })
             .await;
         }
@@ -234,7 +236,7 @@ impl Source {
     }
 
     /// Begins to read from `from` on, up to `end` or all; the answer may begin at 0 all the same, and a file goes on to
-    /// its end. One attempt.
+    /// the end that it had when it was looked at. One attempt.
     pub async fn open(&self, info: &SourceInfo, from: u64, end: Option<u64>) -> Result<Transfer, Failure> {
         let Some(path) = self.path() else {
             let answer = self.web()?.get(info, from, end.map(|end| end - from)).await?;
@@ -243,7 +245,7 @@ impl Source {
         let (opened, shared) = (path.clone(), info.clone());
         let mut reader = tokio::fs::File::from_std(blocking(move || file::open(&opened, &shared)).await?);
         reader.seek(std::io::SeekFrom::Start(from)).await.map_err(|error| file::failed(&path, error))?;
-        let (pace, body) = (Pace::new(self.settings().stall_timeout), Body::File(reader, path));
+        let (pace, body) = (Pace::new(self.settings().stall_timeout), Body::File(reader, path, info.etag.clone()));
         Ok(Transfer { from, at: from, total: info.size, is_range: true, pace, url: self.url.clone(), body })
     }
 
@@ -293,7 +295,8 @@ pub(super) struct Transfer {
 
 enum Body {
     Web(reqwest::Response),
-    File(tokio::fs::File, PathBuf),
+    /// With the ETag that it must have at its end too.
+    File(tokio::fs::File, PathBuf, Option<String>),
 }
 
 impl Transfer {
@@ -308,10 +311,15 @@ impl Transfer {
         let asked = Instant::now();
         let chunk = match &mut self.body {
             Body::Web(response) => response.chunk().await.map_err(|error| http::cut(&error, self.at, &self.url))?,
-            Body::File(reader, path) => {
+            Body::File(reader, path, etag) => {
                 let mut buffer = BytesMut::with_capacity(FILE_CHUNK);
-                let count = reader.read_buf(&mut buffer).await.map_err(|error| file::failed(path, error))?;
-                (count > 0).then(|| buffer.freeze())
+                let left = self.total.map_or(u64::MAX, |total| total.saturating_sub(self.at));
+                let read = (&mut *reader).take(left).read_buf(&mut buffer).await;
+                if read.map_err(|error| file::failed(path, error))? == 0 {
+                    let now = reader.metadata().await.map_err(|error| file::failed(path, error))?;
+                    file::check_unchanged(path, &now, etag.as_deref())?;
+                }
+                (!buffer.is_empty()).then(|| buffer.freeze())
             }
         };
         let length = chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);

@@ -190,6 +190,13 @@ impl Context {
         Ok(())
     }
 
+    /// The image was fetched, and is to be read from the cache. To ask its source again could be to fetch it again, for ever where
+    /// the source says nothing of itself and is cut each time.
+    pub(super) fn take_cached(&mut self, entry: Entry) -> Result<()> {
+        self.resolved = Some(self.resolved()?.found(entry));
+        Ok(())
+    }
+
     /// The gate, where the image is, before a byte is fetched or reserved. A cached image that does not pass may be damaged:
     /// then it is put aside, and read at its source.
     pub(super) async fn ensure_image_checked(&mut self) -> Result<()> {
@@ -313,13 +320,10 @@ impl Context {
 
     async fn fetch(&mut self) -> Result<Option<Verified>> {
         match self.services.images.fetch(self.resolved()?, None, &self.progress).await? {
-            Fetch::Cached(entry) => {
-                let stamp = entry.stamp()?;
-                if !self.is_intact(&entry).await? {
-                    return Ok(None);
-                }
-                let image = self.open(entry.path()).await?;
-                Ok(Some(Verified { entry, image, stamp }))
+            Fetch::Cached(entry) => self.read_cached(entry).await,
+            Fetch::Known { entry, fetched, .. } => {
+                self.fetched = fetched;
+                self.read_cached(entry).await
             }
             Fetch::New(unpublished) => {
                 let image = match self.open(unpublished.path()).await {
@@ -335,6 +339,16 @@ impl Context {
                 Ok(Some(Verified { entry, image, stamp }))
             }
         }
+    }
+
+    /// The cached image, if it is what was fetched; else it is put aside.
+    async fn read_cached(&self, entry: Entry) -> Result<Option<Verified>> {
+        let stamp = entry.stamp()?;
+        if !self.is_intact(&entry).await? {
+            return Ok(None);
+        }
+        let image = self.open(entry.path()).await?;
+        Ok(Some(Verified { entry, image, stamp }))
     }
 
     /// Puts the verified image aside if somebody changed its file since it was found right; says whether that was so.

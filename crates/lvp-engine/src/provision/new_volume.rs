@@ -146,23 +146,27 @@ impl Context {
         }
         let mut damaged_before = false;
         loop {
-            let damaged = match self.transfer().await? {
+            let entry = match self.transfer().await? {
                 Transferred::Done { entry, fetched, populated } => {
                     self.note_image(&entry);
                     self.fetched += fetched;
                     self.record.populated = Some(populated);
                     return Ok(());
                 }
-                Transferred::Again { damaged } => damaged,
+                Transferred::Again { entry, fetched } => {
+                    self.fetched += fetched;
+                    entry
+                }
             };
-            if damaged && damaged_before {
-                return Err(damaged_twice());
-            }
-            damaged_before |= damaged;
-            self.resolve().await?;
-            if damaged {
-                self.record.cache_hit = Some(false);
-                self.ensure_image_checked().await?;
+            match entry {
+                Some(entry) => self.take_cached(entry)?,
+                None if damaged_before => return Err(damaged_twice()),
+                None => {
+                    damaged_before = true;
+                    self.resolve().await?;
+                    self.record.cache_hit = Some(false);
+                    self.ensure_image_checked().await?;
+                }
             }
             self.make_volume().await?;
         }

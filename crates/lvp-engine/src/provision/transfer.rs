@@ -10,7 +10,7 @@
 //! damaged, its download began again in the middle), the volume is to be made anew: [`Transferred::Again`].
 //! It leaves out volumes that were there before: they are written after the verdict only.
 
-use std::{pin::pin, sync::Arc};
+use std::{path::Path, pin::pin, sync::Arc};
 
 use futures::future::{Either, select};
 use lvp_api::{ErrorCode, ImageFormat};
@@ -60,8 +60,10 @@ pub enum Transferred {
     },
     /// The image is in order, but not what was written: the volume must be made anew.
     Again {
-        /// Whether the cached image is gone, so that it must be resolved anew.
-        damaged: bool,
+        /// The image in the cache; none where it was damaged and is gone, so that it must be resolved anew.
+        entry: Option<Entry>,
+        /// Bytes that came from the source.
+        fetched: u64,
     },
 }
 
@@ -76,7 +78,7 @@ impl Transfer<'_> {
         }
         match self.images.fetch(self.resolved, None, self.progress).await? {
             Fetch::Cached(entry) => self.copy_cached(entry, 0).await,
-            Fetch::New(_) => Err(Error::internal("an image that was cached was downloaded")),
+            Fetch::New(_) | Fetch::Known { .. } => Err(Error::internal("an image that was cached was downloaded")),
         }
     }
 
@@ -105,7 +107,7 @@ impl Transfer<'_> {
             let error = walked.err().map(|error| error.chain());
             tracing::error!(image = entry.name(), error, "a cached image is damaged and fetched anew");
             self.images.quarantine(&entry).await?;
-            return Ok(Transferred::Again { damaged: true });
+            return Ok(Transferred::Again { entry: None, fetched });
         }
         match (walked, copied) {
             (Ok(()), Ok(populated)) => Ok(Transferred::Done { entry, fetched, populated }),
@@ -140,11 +142,32 @@ impl Transfer<'_> {
                 let _ = copied.await;
                 Err(error)
             }
-            Ok(Fetch::Cached(entry)) => match copied.await? {
-                Some(populated) => Ok(Transferred::Done { entry, fetched: 0, populated }),
-                None => self.copy_cached(entry, 0).await,
+            Ok(Fetch::Cached(entry)) => self.conclude(entry, 0, true, copied).await,
+            Ok(Fetch::Known { entry, fetched, along_is_good }) => match self.gate(entry.path()).await {
+                Ok(_) => self.conclude(entry, fetched, along_is_good, copied).await,
+                Err(error) => {
+                    let _ = copied.await;
+                    self.refuse_cached(entry, fetched, error).await
+                }
             },
             Ok(Fetch::New(unpublished)) => self.settle(unpublished, copied).await,
+        }
+    }
+
+    /// A cached image did not pass the gate: it is damaged, and put aside; or it is refused.
+    async fn refuse_cached(&self, entry: Entry, fetched: u64, refusal: Error) -> Result<Transferred> {
+        match self.images.compare(&entry, Arc::default(), self.progress).await {
+            Ok(()) => Err(refusal),
+            Err(error) if error.code() == ErrorCode::ChecksumMismatch => {
+                tracing::error!(
+                    image = entry.name(),
+                    error = error.chain(),
+                    "a cached image is damaged and fetched anew"
+                );
+                self.images.quarantine(&entry).await?;
+                Ok(Transferred::Again { entry: None, fetched })
+            }
+            Err(error) => Err(error),
         }
     }
 
@@ -155,7 +178,7 @@ impl Transfer<'_> {
         copied: impl Future<Output = Result<Option<Populated>>>,
     ) -> Result<Transferred> {
         let (fetched, along_is_good) = (unpublished.fetched(), unpublished.along_is_good());
-        let image = match self.gate(&unpublished).await {
+        let image = match self.gate(unpublished.path()).await {
             Ok(image) => image,
             Err(error) => {
                 unpublished.refuse(&error);
@@ -164,19 +187,29 @@ impl Transfer<'_> {
             }
         };
         let entry = unpublished.publish(image.virtual_size()).await?;
+        self.conclude(entry, fetched, along_is_good, copied).await
+    }
+
+    /// The image is in the cache: what was copied along counts if it was copied of this image.
+    async fn conclude(
+        &self,
+        entry: Entry,
+        fetched: u64,
+        along_is_good: bool,
+        copied: impl Future<Output = Result<Option<Populated>>>,
+    ) -> Result<Transferred> {
         match copied.await {
             Ok(Some(populated)) if along_is_good => Ok(Transferred::Done { entry, fetched, populated }),
-            // There was nothing to read along: no size was announced.
+            // There was nothing to read along: no size was announced, or nothing was downloaded.
             Ok(None) => self.copy_cached(entry, fetched).await,
-            Ok(Some(_)) => Ok(Transferred::Again { damaged: false }),
-            Err(_) if !along_is_good => Ok(Transferred::Again { damaged: false }),
-            Err(error) => Err(error),
+            Err(error) if along_is_good => Err(error),
+            Ok(Some(_)) | Err(_) => Ok(Transferred::Again { entry: Some(entry), fetched }),
         }
     }
 
     /// The whole gate on the file whose digest is right; and that what the volume was made by is what it says.
-    async fn gate(&self, unpublished: &Unpublished) -> Result<Image> {
-        let (path, declared) = (unpublished.path().to_owned(), self.declared);
+    async fn gate(&self, path: &Path) -> Result<Image> {
+        let (path, declared) = (path.to_owned(), self.declared);
         let image = blocking(move || Image::open_file(&path, declared)).await?;
         match &self.examined {
             Some(examined) if examined.header != *image.header() => Err(Error::new(

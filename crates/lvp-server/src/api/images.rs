@@ -72,7 +72,7 @@ async fn bases(State(engine): State<Engine>) -> Result<Json<Vec<BaseVolume>>> {
 
 #[utoipa::path(delete, path = "/api/v1/images/{image}", tag = "images", summary = "Delete a cached image, and its base volumes",
     params(("image" = String, Path)),
-    responses((status = 204), (status = 404, body = ErrorBody), (status = 409, description = "Pinned or in use", body = ErrorBody)))]
+    responses((status = 204), (status = 404, body = ErrorBody), (status = 409, description = "Pinned or in use; or somebody changed its file, which stays", body = ErrorBody)))]
 async fn delete(State(engine): State<Engine>, Path(image): Path<String>) -> Result<StatusCode> {
     engine.delete_image(&image).await?;
     Ok(StatusCode::NO_CONTENT)

@@ -82,6 +82,34 @@ async fn every_kind_of_server_ends_in_the_same_volume() {
     }
 }
 
+/// Only the bytes tell that the image is cached, from another place; what was written before the cut does not count.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cut_download_of_bytes_that_are_cached_from_another_place_is_completed() {
+    let (bed, web) = (quick().await, Server::start());
+    let (image, bytes) = disk(&bed, "x.raw", 8);
+    let page = || Page::new(bytes.clone());
+    web.serve("/first.raw", page());
+    let cached = bed.provision(&order(&web.url("/first.raw"), "first")).await["image_path"].clone();
+    for (name, page) in [
+        ("whole", page()),
+        ("without-ranges", page().no_ranges().cut(&[10 * MIB])),
+        ("without-an-etag", page().etag(None).cut(&[10 * MIB])),
+        ("with-a-weak-etag", page().etag(Some("W/\"1\"")).cut(&[10 * MIB])),
+    ] {
+        let path = format!("/{name}.raw");
+        let cuts = usize::from(name != "whole");
+        web.serve(&path, page);
+        let job = bed.provision(&order(&web.url(&path), name)).await;
+        assert_eq!((&job["image_path"], &job["cache_hit"]), (&cached, &json!(false)), "{name}: {job:#}");
+        assert!(job["receipt"]["bytes_fetched"].as_u64().unwrap() >= bytes.len() as u64, "{name}: {job:#}");
+        bed.assert_holds(&bed.volume(name), &image, "raw", 32 * MIB);
+        let received = web.received();
+        let wholes = received.iter().filter(|got| got.method == "GET" && got.target == path);
+        let wholes = wholes.filter(|got| got.header("range").is_none()).count();
+        assert!(name == "whole" || wholes == 1 + cuts, "{name}: it was fetched {wholes} times");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn metadata_that_differs_between_two_reads_undoes_everything() {
     let (bed, web) = (quick().await, Server::start());

@@ -169,6 +169,42 @@ async fn the_same_bytes_from_another_place_become_one_image() {
     assert_eq!(bed.files().len(), 2);
 }
 
+/// A request may name a digest that is cached beside a place that has something else.
+#[tokio::test]
+async fn a_digest_in_a_request_makes_no_place_one_that_has_the_image() {
+    let server = Server::start();
+    let (bed, first) = (Bed::new().await, content(4000, 1));
+    server.serve("/a.qcow2", Page::new(first.clone()));
+    server.serve("/q.qcow2", Page::new(content(4000, 2)));
+    let (a, q) = (server.url("/a.qcow2"), server.url("/q.qcow2"));
+    bed.bring(&a).await.unwrap();
+    let hit = bed.bring_promised(&q, sha256(&first)).await.unwrap();
+    assert_eq!(hit.view().source, a, "nothing came from the other place");
+    assert_eq!(std::fs::read(bed.bring(&q).await.unwrap().path()).unwrap(), content(4000, 2));
+    server.serve("/q.qcow2", Page::new("").fail(9, 503));
+    let error = assert_code(bed.bring(&q).await, ErrorCode::SourceFailed);
+    assert_eq!(error.to_body().details["cached_digest"], sha256(&content(4000, 2)).to_string());
+}
+
+/// The place itself names the image: the last one that it had is known when it cannot be reached, but nothing that the place
+/// says of itself is taken for the image when the checksum file is gone.
+#[tokio::test]
+async fn a_checksum_file_that_names_a_cached_image_says_nothing_of_the_place_without_it() {
+    let server = Server::start();
+    let (bed, first) = (Bed::new().await, content(4000, 1));
+    server.serve("/a.qcow2", Page::new(first.clone()));
+    bed.bring(&server.url("/a.qcow2")).await.unwrap();
+    // The checksum came before its image.
+    let q = server.url("/q.qcow2");
+    server.serve("/q.qcow2", Page::new(content(4000, 2)));
+    server.serve("/q.qcow2.sha256", Page::new(sha256(&first).hex().to_owned()));
+    assert_eq!(bed.bring(&q).await.unwrap().view().source, q);
+    server.serve("/q.qcow2.sha256", Page::new("").fail(4, 503).then(4, Page::new("").fail(9, 404)));
+    let error = assert_code(bed.bring(&q).await, ErrorCode::SourceFailed);
+    assert_eq!(error.to_body().details["cached_digest"], sha256(&first).to_string());
+    assert_eq!(std::fs::read(bed.bring(&q).await.unwrap().path()).unwrap(), content(4000, 2));
+}
+
 #[tokio::test]
 async fn a_digest_learnt_from_a_second_download_is_remembered() {
     let server = Server::start();

@@ -136,6 +136,17 @@ async fn a_length_that_is_not_true_is_an_error() {
 }
 
 #[tokio::test]
+async fn more_than_was_announced_is_an_error_also_where_a_chunk_ends_with_the_announced_last_byte() {
+    let server = Server::start();
+    let bed = Bed::new().await;
+    let page = Page::new(content(4000, 1)).announce(3000).chunked().etag(None);
+    server.serve("/x.qcow2", page.pace(1000, Duration::from_millis(1)));
+    let error = assert_code(bed.bring(&server.url("/x.qcow2")).await, ErrorCode::SourceFailed);
+    assert!(error.to_string().contains("more of") && !error.retryable(), "{error:?}");
+    bed.assert_empty();
+}
+
+#[tokio::test]
 async fn a_source_that_changes_between_two_requests_is_found_out() {
     let server = Server::start();
     let (old, new) = (|| Page::new(content(300_000, 1)), || Page::new(content(300_000, 2)));

@@ -101,6 +101,61 @@ async fn what_one_source_did_wrong_is_not_the_answer_for_who_named_another_one()
     }
 }
 
+/// Waits until a request has looked at its source, and for its turn behind the one that fetches.
+async fn waits(server: &Server, path: &str, looks: usize) {
+    while server.count("HEAD", path) < looks {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+}
+
+/// The digest is fetched from one place while a request names it beside another place, which has something else.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_another_request_brought_is_not_what_ones_own_place_has() {
+    let (server, bed, gate) = (Server::start(), Bed::new().await, Gate::default());
+    let bytes = content(50_000, 1);
+    server.serve("/a.qcow2", Page::new(bytes.clone()).hold(1000, &gate));
+    server.serve("/q.qcow2", Page::new(content(50_000, 2)));
+    let bring_from = |path| {
+        let (images, wanted) = (bed.images.clone(), bed.promised(&server.url(path), sha256(&bytes)));
+        tokio::spawn(async move { bring(&images, &wanted, &Progress::default()).await })
+    };
+    let leader = bring_from("/a.qcow2");
+    gate.reached().await;
+    let waiter = bring_from("/q.qcow2");
+    waits(&server, "/q.qcow2", 1).await;
+    gate.open();
+    assert!(leader.await.unwrap().is_ok() && waiter.await.unwrap().is_ok());
+    assert_eq!(server.count("GET", "/q.qcow2"), 0);
+    let entry = bed.bring(&server.url("/q.qcow2")).await.unwrap();
+    assert_eq!(
+        std::fs::read(entry.path()).unwrap(),
+        content(50_000, 2),
+        "the other place's image was given for this one's"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_saw_a_new_image_is_not_given_the_old_one_that_another_request_still_fetches() {
+    let (server, bed, gate) = (Server::start(), Bed::new().await, Gate::default());
+    let url = server.url("/x.qcow2");
+    let bring_now = || {
+        let (images, wanted) = (bed.images.clone(), bed.wanted(&url));
+        tokio::spawn(async move { bring(&images, &wanted, &Progress::default()).await })
+    };
+    server.serve("/x.qcow2", Page::new(content(50_000, 1)).hold(1000, &gate));
+    let leader = bring_now();
+    gate.reached().await;
+    server.serve("/x.qcow2", Page::new(content(50_000, 2)));
+    let waiter = bring_now();
+    waits(&server, "/x.qcow2", 2).await;
+    gate.open();
+    assert_eq!(leader.await.unwrap().unwrap().digest(), sha256(&content(50_000, 1)));
+    for entry in [waiter.await.unwrap().unwrap(), bed.bring(&url).await.unwrap()] {
+        assert_eq!(entry.digest(), sha256(&content(50_000, 2)));
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_refused_image_is_refused_for_those_who_wait() {
     let server = Server::start();

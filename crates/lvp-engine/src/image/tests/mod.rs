@@ -80,24 +80,28 @@ impl Bed {
     async fn download(&self, url: &str) -> Result<Box<Unpublished>> {
         match self.images.fetch(&self.resolve(url).await?, None, &Progress::default()).await? {
             Fetch::New(new) => Ok(new),
-            Fetch::Cached(entry) => panic!("{entry:?} was cached"),
+            Fetch::Cached(entry) | Fetch::Known { entry, .. } => panic!("{entry:?} was cached"),
         }
     }
 
-    /// Closes the cache and opens it again.
-    async fn restart(mut self) -> Self {
+    /// Closes the cache and opens it again, without a limit.
+    async fn restart(self) -> Self {
+        self.restart_limited(None).await
+    }
+
+    async fn restart_limited(mut self, max_bytes: Option<u64>) -> Self {
         // The lock goes with the last handle.
         let placeholder = tempfile::tempdir().unwrap();
         self.images = open(placeholder.path(), &self.settings, None).await.unwrap();
-        self.images = self.open_when_unlocked().await;
+        self.images = self.open_when_unlocked(max_bytes).await;
         self
     }
 
     /// A program that another test starts in this moment holds copies of our descriptors, the lock among them, until it
     /// has begun.
-    async fn open_when_unlocked(&self) -> Images {
+    async fn open_when_unlocked(&self, max_bytes: Option<u64>) -> Images {
         for _ in 0..500 {
-            match open(self.root.path(), &self.settings, None).await {
+            match open(self.root.path(), &self.settings, max_bytes).await {
                 Err(error) if error.code() == ErrorCode::StateLocked => {
                     tokio::time::sleep(Duration::from_millis(10)).await;
                 }
@@ -155,7 +159,7 @@ async fn open_asking(
 /// Resolves, fetches and publishes.
 async fn bring(images: &Images, wanted: &Wanted, progress: &Progress) -> Result<Entry> {
     match images.fetch(&images.resolve(wanted, progress).await?, None, progress).await? {
-        Fetch::Cached(entry) => Ok(entry),
+        Fetch::Cached(entry) | Fetch::Known { entry, .. } => Ok(entry),
         Fetch::New(new) => new.publish(Some(1 << 30)).await,
     }
 }

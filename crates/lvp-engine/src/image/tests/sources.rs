@@ -1,9 +1,16 @@
 //! Where images come from: S3 with and without keys, plain HTTP, files; what is published beside them; ranges.
 
+use std::{fs::OpenOptions, os::unix::fs::FileExt, sync::Arc, time::SystemTime};
+
 use jiff::Timestamp;
+use tokio::sync::oneshot;
 
 use super::*;
-use crate::image::sign;
+use crate::{
+    image::{Along, sign, source::Sources},
+    limit::{Limits, RateLimit},
+    watermark::Watermark,
+};
 
 #[tokio::test]
 async fn an_object_is_read_with_real_signatures() {
@@ -128,6 +135,83 @@ async fn a_file_of_this_machine_is_a_source_too() {
     assert_code(bed.bring(url).await, ErrorCode::ChecksumMismatch);
     assert_code(bed.bring(directory.path().to_str().unwrap()).await, ErrorCode::SourceFailed);
     assert_code(bed.bring("/dev/null").await, ErrorCode::SourceFailed);
+}
+
+/// A file of 600,000 bytes that was written a while ago, so that whatever is done to it gives it another time.
+fn old_file(path: &Path) {
+    std::fs::write(path, content(600_000, 1)).unwrap();
+    let before = SystemTime::now() - Duration::from_secs(1000);
+    OpenOptions::new().write(true).open(path).unwrap().set_modified(before).unwrap();
+}
+
+/// Changes a file behind what is read of it at once; or its length.
+fn change(path: &Path, how: usize) {
+    let file = OpenOptions::new().write(true).open(path).unwrap();
+    match how {
+        0 => file.write_all_at(b"another", 590_000).unwrap(),
+        1 => file.write_all_at(b"more", 600_000).unwrap(),
+        _ => file.set_len(300_000).unwrap(),
+    }
+}
+
+#[tokio::test]
+async fn a_file_that_changes_while_it_is_read_is_a_changed_source() {
+    let (settings, progress, directory) = (quick(), Progress::default(), tempfile::tempdir().unwrap());
+    let path = directory.path().join("local.qcow2");
+    let url = ImageUrl::parse(path.to_str().unwrap(), &settings, true).unwrap();
+    let source = Sources::new(settings).unwrap().source(&url);
+    for how in 0..3 {
+        old_file(&path);
+        let info = source.look(&progress).await.unwrap();
+        let mut transfer = source.open(&info, 0, None).await.unwrap();
+        transfer.next(&progress).await.unwrap().unwrap();
+        change(&path, how);
+        let failure = loop {
+            match transfer.next(&progress).await {
+                Ok(chunk) => assert!(chunk.is_some(), "{how}: it was read to its end"),
+                Err(failure) => break failure,
+            }
+        };
+        assert_eq!(failure.error.code(), ErrorCode::SourceChanged, "{how}: {failure:?}");
+        assert!(failure.error.retryable());
+    }
+    // Another file in its place does not make what was read wrong.
+    old_file(&path);
+    let info = source.look(&progress).await.unwrap();
+    let mut transfer = source.open(&info, 0, None).await.unwrap();
+    let other = directory.path().join("other");
+    std::fs::write(&other, "another").unwrap();
+    std::fs::rename(other, &path).unwrap();
+    let mut read = Vec::new();
+    while let Some(chunk) = transfer.next(&progress).await.unwrap() {
+        read.extend_from_slice(&chunk);
+    }
+    assert_eq!(read, content(600_000, 1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_that_changes_while_it_is_read_does_not_become_an_image() {
+    for how in 0..3 {
+        let (bed, directory) = (Bed::new().await, tempfile::tempdir().unwrap());
+        let path = directory.path().join("local.qcow2");
+        old_file(&path);
+        let (slow, fast) = (Arc::new(RateLimit::new(300_000)), Arc::new(RateLimit::unlimited()));
+        let progress = Progress::default().limited(Limits::of(slow, fast));
+        let resolved = bed.images.resolve(&bed.wanted(path.to_str().unwrap()), &progress).await.unwrap();
+        let (mark, (begun, _begins)) = (Arc::<Watermark>::default(), oneshot::channel());
+        let along = Along { mark: mark.clone(), begun };
+        let change = {
+            let (progress, path) = (progress.clone(), path.clone());
+            tokio::task::spawn_blocking(move || {
+                mark.wait(1, &progress).unwrap();
+                change(&path, how);
+            })
+        };
+        let fetched = bed.images.fetch(&resolved, Some(along), &progress).await;
+        change.await.unwrap();
+        assert_code(fetched, ErrorCode::SourceChanged);
+        bed.assert_empty();
+    }
 }
 
 #[tokio::test]

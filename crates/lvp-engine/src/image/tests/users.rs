@@ -221,3 +221,78 @@ async fn a_dry_run_does_not_count_on_the_space_of_images_that_others_use() {
     bed.images.refuse_full(100 * KIB as u64).await.unwrap();
     assert!(paths.iter().all(|path| path.exists()), "nothing goes for a question");
 }
+
+/// The file is made longer, written to, or replaced by one that is older than the image.
+fn change(path: &Path, how: usize) -> Vec<u8> {
+    match how {
+        0 => OpenOptions::new().write(true).open(path).unwrap().set_len(200 * KIB as u64).unwrap(),
+        1 => drop(flip(path)),
+        _ => {
+            let other = path.with_extension("other");
+            fs::write(&other, content(100 * KIB, 77)).unwrap();
+            let old = std::time::SystemTime::now() - Duration::from_secs(100_000);
+            OpenOptions::new().write(true).open(&other).unwrap().set_modified(old).unwrap();
+            fs::rename(other, path).unwrap();
+        }
+    }
+    fs::read(path).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_that_somebody_wrote_to_is_not_evicted_and_others_go_instead() {
+    let server = Server::start();
+    for how in 0..3 {
+        let bed = Bed::limited(350 * KIB as u64).await;
+        let paths = fill(&bed, &server, 1..=3).await;
+        let theirs = change(&paths[0], how);
+        // The oldest is forgotten, so that there is room below the limit.
+        fill(&bed, &server, [4]).await;
+        assert_eq!(fs::read(&paths[0]).unwrap(), theirs, "{how}");
+        assert!(paths[1].exists() && paths[2].exists());
+        assert_eq!(bed.images.list().await.unwrap().len(), 3);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_that_somebody_wrote_to_while_lvp_was_down_is_not_evicted_or_deleted() {
+    let server = Server::start();
+    let bed = Bed::new().await;
+    let paths = fill(&bed, &server, 1..=2).await;
+    let theirs: Vec<_> = paths.iter().map(|path| change(path, 2)).collect();
+    let bed = bed.restart_limited(Some(150 * KIB as u64)).await;
+    assert_code(bed.images.delete(paths[1].file_name().unwrap().to_str().unwrap()).await, ErrorCode::FileInTheWay);
+    fill(&bed, &server, [3]).await;
+    assert_eq!(paths.iter().map(|path| fs::read(path).unwrap()).collect::<Vec<_>>(), theirs);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_that_somebody_wrote_to_is_not_deleted_and_it_is_said_why() {
+    let server = Server::start();
+    for how in 1..3 {
+        let bed = Bed::new().await;
+        let path = fill(&bed, &server, [1]).await.remove(0);
+        let theirs = change(&path, how);
+        let name = path.file_name().unwrap().to_str().unwrap();
+        let error = assert_code(bed.images.delete(name).await, ErrorCode::FileInTheWay);
+        assert!(error.to_string().contains("somebody wrote to it") && !error.retryable(), "{error:?}");
+        assert!(error.to_body().hint.unwrap().contains(path.to_str().unwrap()));
+        assert_eq!(fs::read(&path).unwrap(), theirs);
+        assert_code(bed.images.delete(name).await, ErrorCode::ImageNotFound);
+        assert_eq!(bed.files(), [name], "what is remembered of it is still there");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cache_that_was_copied_with_its_times_is_lvps_after_a_start() {
+    let server = Server::start();
+    let bed = Bed::new().await;
+    let path = fill(&bed, &server, [1]).await.remove(0);
+    // As `cp -a` and `rsync -a` do it.
+    let (copy, modified) = (path.with_extension("copy"), path.metadata().unwrap().modified().unwrap());
+    fs::copy(&path, &copy).unwrap();
+    OpenOptions::new().write(true).open(&copy).unwrap().set_modified(modified).unwrap();
+    fs::rename(&copy, &path).unwrap();
+    let bed = bed.restart().await;
+    bed.images.delete(path.file_name().unwrap().to_str().unwrap()).await.unwrap();
+    bed.assert_empty();
+}
