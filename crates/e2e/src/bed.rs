@@ -125,7 +125,9 @@ impl World {
         if self.vm.run(&format!("test -e {expected}"))?.code != 0 {
             let (copy, raw) = (format!("{expected}.copy"), format!("{expected}.raw"));
             self.vm.copy_in(&image.path, &copy)?;
-            let convert = format!("qemu-img convert -f {format} -O raw {copy} {raw}; rm {copy}; mv {raw} {expected}");
+            // On the disk before it has its name: a scenario may cut the power at any moment.
+            let convert =
+                format!("qemu-img convert -f {format} -O raw {copy} {raw}; rm {copy}; sync {raw}; mv {raw} {expected}");
             self.vm.run_ok_within(COMPARE, &convert)?;
         }
         self.vm.run_ok_within(COMPARE, &format!("cmp --print-bytes --bytes={size} {expected} {device}")).map(drop)
