@@ -114,6 +114,60 @@ fn a_second_daemon_on_the_same_state_is_refused_with_the_first_ones_pid() {
 }
 
 #[test]
+fn a_second_daemon_with_other_state_on_the_same_database_is_refused_with_the_first_ones_pid() {
+    let bed = Bed::new();
+    let web = Server::start();
+    let gate = Gate::default();
+    web.serve("/held.qcow2", page().hold(400_000, &gate));
+    let database = bed.path("jobs.db");
+    let daemon = bed.serve_with(&[("DB_PATH", database.to_str().unwrap())]);
+    let words = ["provision", &web.url("/held.qcow2"), "web-1", "--size", "64M", "--detach"];
+    let id = bed.lvp(&words).exits(0).stdout.trim().to_owned();
+    until(|| bed.volume("web-1").exists());
+    // The same file by another name, and below another directory.
+    let link = bed.path("link.db");
+    std::os::unix::fs::symlink(&database, &link).unwrap();
+    for name in [&database, &link] {
+        let mut second = bed.command(&["serve"]);
+        second.env("DB_PATH", name).env("LVP_STATE_DIR", bed.path("other")).env("LVP_CACHE_DIR", bed.path("others"));
+        let refused = crate::bed::run(&mut second).exits(8);
+        assert!(refused.stderr.contains("state_locked"), "{refused:?}");
+        assert!(refused.stderr.contains(&format!("process {}", daemon.0.id())), "{refused:?}");
+        assert!(refused.stderr.contains(&name.display().to_string()), "{refused:?}");
+    }
+    assert!(bed.get(&format!("/api/v1/jobs/{id}")).contains("\"running\""), "the job is the first one's");
+    gate.open();
+    assert_eq!(bed.lvp(&["job", "watch", &id, "-o", "json"]).exits(0).json()["status"], "completed");
+    let content = fs::read(bed.volume("web-1")).unwrap();
+    assert!(content.len() as u64 == 64 * MIB && content.iter().all(|byte| *byte == 7));
+}
+
+#[test]
+fn a_port_that_is_taken_uses_up_no_attempt_of_a_job() {
+    let bed = Bed::new();
+    let web = Server::start();
+    let gate = Gate::default();
+    web.serve("/held.qcow2", page().hold(400_000, &gate));
+    let mut daemon = bed.serve();
+    let words = ["provision", &web.url("/held.qcow2"), "web-1", "--size", "64M", "--detach"];
+    let id = bed.lvp(&words).exits(0).stdout.trim().to_owned();
+    until(|| bed.volume("web-1").exists());
+    daemon.signal("KILL");
+    daemon.ends_within(SOON);
+    // A supervisor starts it again and again.
+    let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = other.local_addr().unwrap().port().to_string();
+    for _ in 0..7 {
+        let refused = crate::bed::run(bed.command(&["serve"]).env("PORT", &port)).exits(8);
+        assert!(refused.stderr.contains("is served by another program"), "{refused:?}");
+        assert!(!refused.stderr.contains(&id), "the job was begun: {refused:?}");
+    }
+    gate.open();
+    let _daemon = bed.serve();
+    assert_eq!(bed.lvp(&["job", "watch", &id, "-o", "json"]).exits(0).json()["status"], "completed");
+}
+
+#[test]
 fn a_stopped_daemon_leaves_a_running_job_to_the_next() {
     let bed = Bed::new();
     let web = Server::start();
