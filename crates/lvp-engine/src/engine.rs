@@ -22,7 +22,7 @@ use crate::{
     error::{Error, Result},
     health,
     host::lock::Lock,
-    job::{Filter, NewJob, Runner, Store},
+    job::{Filter, NewJob, Runner, Store, Stored},
     progress::{Progress, Stop},
     provision::{self, Context, Left, Order, Services},
     settings::{Caller, EngineSettings},
@@ -167,13 +167,18 @@ impl Engine {
         provision::view_job(self.inner.runner.get(id).await?)
     }
 
-    /// Jobs, newest first.
+    /// Jobs, newest first, without those that cannot be read.
     pub async fn jobs(&self, status: Option<JobStatus>, before: Option<JobId>, limit: u32) -> Result<JobList> {
-        let stored = self.inner.runner.list(Filter { status, before, limit: limit + 1 }).await?;
-        let mut jobs = stored.into_iter().map(provision::view_job).collect::<Result<Vec<_>>>()?;
-        let more = jobs.len() > limit as usize;
-        jobs.truncate(limit as usize);
-        let next = if more { jobs.last().map(|job| job.job_id) } else { None };
+        let mut stored = self.inner.runner.list(Filter { status, before, limit: limit + 1 }).await?;
+        let more = stored.len() > limit as usize;
+        stored.truncate(limit as usize);
+        let next = if more { stored.last().map(|stored| stored.id) } else { None };
+        let view = |stored: Stored| {
+            let id = stored.id;
+            let told = |error: &Error| tracing::warn!(job_id = %id, error = %error.chain(), "a job cannot be shown");
+            provision::view_job(stored).inspect_err(told).ok()
+        };
+        let jobs = stored.into_iter().filter_map(view).collect();
         Ok(JobList { jobs, next })
     }
 
