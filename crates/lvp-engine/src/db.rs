@@ -63,6 +63,13 @@ const PAGES_AT_ONCE: i32 = 256;
 /// How long a copy waits for who writes.
 const BETWEEN_PAGES: Duration = Duration::from_millis(5);
 
+/// The version of the schema that is known here.
+pub const VERSION: usize = MIGRATIONS.len();
+/// How to go on with a row that cannot be read.
+pub const OUT_OF_UNREADABLE: &str = "run the newer lvp that wrote it, if there was one; else stop lvp and put a backup in the \
+                                     database's place, or move the database away: only the history of jobs is lost then, \
+                                     volumes and cached images are not affected; `lvp doctor` names such jobs";
+
 /// What a database is like.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Facts {
@@ -186,7 +193,8 @@ fn copy(source: &Connection, from: &Path, to: &Path) -> Result<Facts> {
     examine(to)
 }
 
-fn open_to_read(path: &Path) -> Result<Connection> {
+/// Opens a database that is there, to look at it.
+pub fn open_to_read(path: &Path) -> Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags).map_err(|error| unusable_file(path, error))?;
     connection.busy_timeout(Duration::from_secs(10)).map_err(|error| unusable_file(path, error))?;
@@ -202,13 +210,32 @@ fn unusable_file(path: &Path, error: rusqlite::Error) -> Error {
     Error::new(ErrorCode::DatabaseUnavailable, message).retry(is_passing(&error)).source(error).hint(hint)
 }
 
-/// The database in use failed in the middle.
+/// The database in use failed in the middle, or a row of it cannot be read.
 pub fn unusable(error: rusqlite::Error) -> Error {
+    if is_unreadable(&error) {
+        return unreadable().source(error);
+    }
     let hint = hint(&error);
     Error::new(ErrorCode::DatabaseUnavailable, "the job database cannot be used")
         .retry(is_passing(&error))
         .source(error)
         .hint(hint)
+}
+
+/// What a row says cannot be understood here.
+pub fn unreadable() -> Error {
+    Error::new(ErrorCode::DatabaseUnavailable, "a job cannot be read in the job database")
+        .retry(false)
+        .hint(OUT_OF_UNREADABLE)
+}
+
+/// Whether the database is in order, and what a row holds is not what can be read here.
+pub fn is_unreadable(error: &rusqlite::Error) -> bool {
+    use rusqlite::Error as E;
+    matches!(
+        error,
+        E::FromSqlConversionFailure(..) | E::InvalidColumnType(..) | E::IntegralValueOutOfRange(..) | E::Utf8Error(..)
+    )
 }
 
 /// Whether the same may work later with nothing done to the database.

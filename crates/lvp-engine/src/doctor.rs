@@ -12,6 +12,7 @@ use crate::{
     health::check,
     host::{confine, libvirt::Libvirt, pressure::PressureFile},
     image::probe_store,
+    job,
     settings::{EngineSettings, LIBVIRT_URI, LibvirtSetting, POOL},
     task::blocking,
     volume::{Target, Targets, Volume},
@@ -137,9 +138,28 @@ async fn database(settings: &EngineSettings) -> Check {
     if !path.exists() {
         return seen("database", HealthStatus::Healthy, format!("{shown}: none yet"), None);
     }
-    let facts = blocking(move || db::examine(&path)).await;
-    let words = |facts: db::Facts| format!("{shown}: in order, {} jobs, schema version {}", facts.jobs, facts.version);
-    check("database", facts.map(|facts| (HealthStatus::Healthy, words(facts))))
+    let examined = blocking(move || {
+        let facts = db::examine(&path)?;
+        // An older one is brought up to date at the start.
+        let unreadable = if facts.version == db::VERSION { job::unreadable(&path)? } else { Vec::new() };
+        Ok((facts, unreadable))
+    });
+    match examined.await {
+        Ok((facts, unreadable)) if unreadable.is_empty() => {
+            let words = format!("{shown}: in order, {} jobs, schema version {}", facts.jobs, facts.version);
+            seen("database", HealthStatus::Healthy, words, None)
+        }
+        Ok((facts, unreadable)) => {
+            let words = format!(
+                "{shown}: of {} jobs {} cannot be read and are left as they are: {}",
+                facts.jobs,
+                unreadable.len(),
+                unreadable.join(", ")
+            );
+            seen("database", HealthStatus::Degraded, words, Some(db::OUT_OF_UNREADABLE))
+        }
+        Err(error) => check("database", Err(error)),
+    }
 }
 
 /// Where images will be cached: as configured, or in libvirt's pool where there is a libvirt.

@@ -1,12 +1,9 @@
 //! [`Engine`]: the only door for front ends. It puts the parts together at the start and turns each question into calls
 //! of them; it decides nothing itself.
 
-use std::{
-    os::unix::fs::DirBuilderExt,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+mod start;
+
+use std::{path::Path, sync::Arc, time::Duration};
 
 use futures::{Stream, stream};
 use lvp_api::{
@@ -14,41 +11,29 @@ use lvp_api::{
     PrefetchRequest, ProvisionRequest, Receipt, Submitted, Volume, VolumeName, VolumeVerification,
 };
 use tokio::{
-    sync::{Mutex, watch},
+    sync::{Mutex, Semaphore, watch},
     task::AbortHandle,
     time,
 };
 
+pub use self::start::Prepared;
 use crate::{
-    courtesy::Courtesy,
     db,
     error::{Error, Result},
     health,
-    host::{
-        libvirt::{Libvirt, StoragePool},
-        lock::Lock,
-    },
-    image::{ImageSettings, Images},
-    job::{Execution, Filter, NewJob, RunBy, Runner, Store},
-    limit::Limits,
+    host::lock::Lock,
+    job::{Filter, NewJob, Runner, Store, Stored},
     progress::{Progress, Stop},
-    provision::{self, Context, Keeping, Left, Order, Services},
-    settings::{Caller, EngineSettings, LIBVIRT_URI, LibvirtSetting, POOL, Recovery},
-    space::{Ledger, Place},
+    provision::{self, Context, Left, Order, Services},
+    settings::{Caller, EngineSettings},
     task::blocking,
-    volume::{Tags, Target, Targets},
+    volume::{Tags, Target},
 };
 
-/// Where libvirt keeps images unless told otherwise.
-const POOL_DIRECTORY: &str = "/var/lib/libvirt/images";
-/// Sockets of the monolithic daemon and of the modular one.
-const LIBVIRT_SOCKETS: [&str; 2] = ["/var/run/libvirt/libvirt-sock", "/var/run/libvirt/virtqemud-sock"];
 /// A watched job's progress is looked at this often.
 const WATCH_INTERVAL: Duration = Duration::from_millis(250);
-/// Leftovers are looked for this often.
-const SWEEP_INTERVAL: Duration = Duration::from_secs(3600);
-/// And this often while there are some.
-const SWEEP_AGAIN: Duration = Duration::from_secs(300);
+/// Plans that are made at once: each may keep a thread waiting for a slow source.
+const PLANS: usize = 8;
 /// Running jobs have this long to stop where they are at a shutdown.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(20);
 
@@ -64,6 +49,8 @@ struct Inner {
     store: Store,
     /// Held by who reads a whole image for a caller.
     verifying: Mutex<()>,
+    /// Places of the plans that are made at once.
+    planning: Arc<Semaphore>,
     /// libvirt was asked for, or a target needs it: without it the daemon is not ready.
     libvirt_required: bool,
     /// How long running jobs may go on when it stops.
@@ -76,7 +63,7 @@ struct Inner {
     leftovers: watch::Receiver<Vec<Left>>,
     /// The looks at its health.
     looks: health::Looks,
-    _lock: Lock,
+    _locks: [Lock; 2],
 }
 
 impl Drop for Inner {
@@ -86,70 +73,12 @@ impl Drop for Inner {
 }
 
 impl Engine {
-    /// Opens state, cache and targets, settles what an earlier process left, and begins to run jobs.
+    /// Opens everything and begins at once.
     ///
     /// # Errors
-    /// `state_locked` when another process has the state or the cache; `database_unavailable`; anything that the
-    /// directories' file systems say. A target or libvirt that is not usable is no error here: health tells.
+    /// As [`Prepared::open`].
     pub async fn open(settings: EngineSettings) -> Result<Self> {
-        let lock = lock_state(&settings.state_directory)?;
-        let database = settings.database();
-        let recorded_in = database.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let own = if settings.recovery == Recovery::Resume { RunBy::Daemon } else { RunBy::Command };
-        let store = Store::open(&database)?.bounded(settings.max_queued_jobs).run_by(own);
-        let (libvirt, libvirt_required) = libvirt(&settings);
-        let (directory, pool) = cache_directory(&settings, libvirt.clone()).await;
-        let ledger = Ledger::default();
-        ledger.keep(&Place::of(recorded_in)?, provision::STATE_KEPT);
-        let images = Images::open(ImageSettings {
-            directory,
-            max_bytes: settings.cache_max_bytes,
-            pool,
-            source: settings.sources.clone(),
-            ledger: ledger.clone(),
-            users: provision::file_users(libvirt.clone()),
-        })
-        .await?;
-        let mut limits = Limits::new(settings.download_limit, settings.write_limit);
-        let courtesy = settings.courtesy.map(Courtesy::new).transpose()?;
-        if let Some(courtesy) = &courtesy {
-            limits = limits.and(&courtesy.limits());
-        }
-        let services = Arc::new(Services {
-            images,
-            sources: settings.sources,
-            targets: Targets::new(settings.targets, settings.lock_retry),
-            libvirt,
-            base_locks: provision::BaseLocks::default(),
-            workers: settings.workers,
-            limits,
-            io_priority: settings.io_priority,
-            ledger,
-            keeping: Keeping { thin_floor: settings.thin_floor, database: recorded_in.to_owned() },
-        });
-        let execution = execution(Arc::clone(&services));
-        let runner = Runner::new(store.clone(), execution, settings.max_concurrent_jobs, settings.job_history);
-        runner.begin(settings.recovery).await?;
-        // Only a daemon is there for long enough to look after what others left.
-        let (found, leftovers) = watch::channel(Vec::new());
-        let sweeper = (settings.recovery == Recovery::Resume)
-            .then(|| tokio::spawn(sweep_always(Arc::clone(&services), runner.clone(), settings.leftover_grace, found)));
-        let courtesy = courtesy.map(|courtesy| tokio::spawn(courtesy.look_always()));
-        Ok(Self {
-            inner: Arc::new(Inner {
-                services,
-                runner,
-                store,
-                verifying: Mutex::new(()),
-                libvirt_required,
-                stop_grace: settings.stop_grace,
-                sweeper: sweeper.map(|task| task.abort_handle()),
-                courtesy: courtesy.map(|task| task.abort_handle()),
-                leftovers,
-                looks: health::Looks::default(),
-                _lock: lock,
-            }),
-        })
+        Prepared::open(settings).await?.begin().await
     }
 
     /// Has a volume provisioned. The same idempotency key and request give the same job.
@@ -163,13 +92,24 @@ impl Engine {
         self.submit(JobKind::Provision, &order, idempotency_key).await
     }
 
-    /// What a provision would do.
+    /// What a provision would do; found out no longer than somebody waits for it.
+    ///
+    /// # Errors
+    /// What the job would fail with; `queue_full` while so many others are made already.
     pub async fn plan(&self, request: &ProvisionRequest, caller: Caller) -> Result<Plan> {
         let order = self.order(request, caller)?;
+        let place = Arc::clone(&self.inner.planning).try_acquire_owned().map_err(|_| too_many_plans())?;
         self.exclusive(&order).await?;
         self.refuse_unrecordable().await?;
         let receipts = self.receipts_beside(&order).await?;
-        provision::plan(&self.inner.services, &order, &receipts).await
+        let (services, progress) = (Arc::clone(&self.inner.services), Progress::default());
+        let _ends_with_the_caller = StopOnDrop(progress.clone());
+        // In a task of its own, so that a plan has its place until its threads have let go, whenever its caller goes.
+        let planning = tokio::spawn(async move {
+            let _place = place;
+            provision::plan(&services, &order, &receipts, &progress).await
+        });
+        planning.await.unwrap_or_else(|error| Err(Error::internal("a plan broke off").source(error)))
     }
 
     /// What was done last in the place of an order.
@@ -229,13 +169,18 @@ impl Engine {
         provision::view_job(self.inner.runner.get(id).await?)
     }
 
-    /// Jobs, newest first.
+    /// Jobs, newest first, without those that cannot be read.
     pub async fn jobs(&self, status: Option<JobStatus>, before: Option<JobId>, limit: u32) -> Result<JobList> {
-        let stored = self.inner.runner.list(Filter { status, before, limit: limit + 1 }).await?;
-        let mut jobs = stored.into_iter().map(provision::view_job).collect::<Result<Vec<_>>>()?;
-        let more = jobs.len() > limit as usize;
-        jobs.truncate(limit as usize);
-        let next = if more { jobs.last().map(|job| job.job_id) } else { None };
+        let mut stored = self.inner.runner.list(Filter { status, before, limit: limit + 1 }).await?;
+        let more = stored.len() > limit as usize;
+        stored.truncate(limit as usize);
+        let next = if more { stored.last().map(|stored| stored.id) } else { None };
+        let view = |stored: Stored| {
+            let id = stored.id;
+            let told = |error: &Error| tracing::warn!(job_id = %id, error = %error.chain(), "a job cannot be shown");
+            provision::view_job(stored).inspect_err(told).ok()
+        };
+        let jobs = stored.into_iter().filter_map(view).collect();
         Ok(JobList { jobs, next })
     }
 
@@ -460,21 +405,9 @@ impl Engine {
     }
 }
 
-/// Makes the state directory, where there is none, and holds it against other processes.
-fn lock_state(state: &Path) -> Result<Lock> {
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(state).map_err(|error| {
-        Error::io("creating", state, error).hint("set LVP_STATE_DIR to a directory that this user may write to")
-    })?;
-    Lock::acquire(&state.join("lock"), &format!("the state directory {}", state.display()))
-}
-
-/// How the runner runs provisions.
-fn execution(services: Arc<Services>) -> Execution<Context> {
-    Execution {
-        context: Box::new(move |stored, progress| Context::new(Arc::clone(&services), stored, progress)),
-        steps: provision::steps,
-        record: Context::record,
-    }
+fn too_many_plans() -> Error {
+    Error::new(ErrorCode::QueueFull, format!("{PLANS} dry runs are under way, and no more are taken"))
+        .hint("try again when one has ended")
 }
 
 /// Copies a job database to a new file, also while a daemon uses it; gives how many jobs are in it.
@@ -483,24 +416,6 @@ fn execution(services: Arc<Services>) -> Execution<Context> {
 /// `database_unavailable`; `file_in_the_way` when there is something at `to`.
 pub fn backup_database(from: &Path, to: &Path) -> Result<u64> {
     db::backup(from, to).map(|facts| facts.jobs)
-}
-
-/// Looks for leftovers as long as the daemon is there.
-async fn sweep_always(
-    services: Arc<Services>,
-    runner: Runner<Context>,
-    grace: Option<Duration>,
-    found: watch::Sender<Vec<Left>>,
-) {
-    loop {
-        if let Err(error) = services.images.sweep().await {
-            tracing::warn!(error = %error.chain(), "what downloads left in the cache was not looked for");
-        }
-        let left = provision::sweep(&services, &runner, grace).await;
-        let interval = if left.is_empty() { SWEEP_INTERVAL } else { SWEEP_AGAIN };
-        found.send_replace(left);
-        time::sleep(interval).await;
-    }
 }
 
 /// Stops work whose caller has gone.
@@ -518,50 +433,4 @@ fn volume_name(text: &str) -> Result<VolumeName> {
 
 fn no_volume(name: &VolumeName, target: &Target) -> Error {
     Error::new(ErrorCode::VolumeNotFound, format!("there is no volume {name} in {}", target.backend.label()))
-}
-
-/// libvirt as the settings want it, and whether the daemon is ready only with it.
-fn libvirt(settings: &EngineSettings) -> (Option<Libvirt>, bool) {
-    match &settings.libvirt {
-        LibvirtSetting::Off => (None, false),
-        LibvirtSetting::Uri(uri) => (Some(Libvirt::new(uri.clone())), true),
-        LibvirtSetting::Automatic => {
-            let required =
-                settings.targets.values().any(|target| matches!(target.spec, lvp_api::TargetSpec::Lvm { .. }));
-            let there =
-                LIBVIRT_SOCKETS.iter().any(|socket| rustix::fs::access(*socket, rustix::fs::Access::WRITE_OK).is_ok());
-            ((required || there).then(|| Libvirt::new(LIBVIRT_URI)), required)
-        }
-    }
-}
-
-/// The cache's directory, and the libvirt pool that it is, if it is one.
-async fn cache_directory(settings: &EngineSettings, libvirt: Option<Libvirt>) -> (PathBuf, Option<StoragePool>) {
-    let wanted = settings.cache_directory.clone().unwrap_or_else(|| PathBuf::from(POOL_DIRECTORY));
-    let fallback = settings.cache_directory.clone().unwrap_or_else(|| settings.state_directory.join("images"));
-    let Some(libvirt) = libvirt else { return (fallback, None) };
-    let path = wanted.clone();
-    let pool = blocking(move || {
-        std::fs::create_dir_all(&path).map_err(|error| Error::io("creating", &path, error))?;
-        libvirt.ensure_pool(POOL, &path)
-    });
-    match pool.await {
-        Ok(pool) if !is_writable(&pool.path) => {
-            tracing::info!(pool = pool.name, path = %pool.path.display(), "the storage pool is not writable; images are cached elsewhere");
-            (fallback, None)
-        }
-        Ok(pool) if settings.cache_directory.is_none() || pool.path == wanted => (pool.path.clone(), Some(pool)),
-        Ok(pool) => {
-            tracing::info!(pool = pool.name, path = %pool.path.display(), "the storage pool is elsewhere; the configured cache directory is used as it is");
-            (fallback, None)
-        }
-        Err(error) => {
-            tracing::warn!(error = %error.chain(), directory = %fallback.display(), "no storage pool for the image cache; a plain directory is used");
-            (fallback, None)
-        }
-    }
-}
-
-fn is_writable(path: &Path) -> bool {
-    rustix::fs::access(path, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK).is_ok()
 }

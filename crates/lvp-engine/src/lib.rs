@@ -59,7 +59,7 @@ mod watermark;
 #[cfg(feature = "bench")]
 pub mod watermark;
 
-pub use engine::{Engine, backup_database};
+pub use engine::{Engine, Prepared, backup_database};
 pub use error::{Error, Result};
 #[cfg(feature = "fuzz")]
 pub use image::parsers;

@@ -1,5 +1,9 @@
 //! Listens and serves: loopback TCP and the Unix socket, both with limits on slow clients, until told to stop.
 //!
+//! It speaks HTTP/1.1 only: nothing that talks to it needs HTTP/2, whose clients say themselves how much of an answer may be
+//! sent, and so could keep answers here for as long as they like; who reads nothing of an answer over HTTP/1.1 is found out
+//! by the kernel.
+//!
 //! It fails closed: there is no authentication yet, so an address that others can reach is refused. Over the Unix
 //! socket, whose file only its owner may open, the caller is the administrator; over TCP anybody on this machine may
 //! call, so requests that read local files or name arbitrary places are refused there.
@@ -8,7 +12,6 @@ use std::{
     net::{IpAddr, SocketAddr, ToSocketAddrs},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    pin::pin,
     sync::Arc,
     time::Duration,
 };
@@ -19,10 +22,10 @@ use axum::{
     http::header::{HOST, ORIGIN},
     response::{IntoResponse, Response},
 };
-use hyper::body::Incoming;
+use hyper::{body::Incoming, server::conn::http1};
 use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::{conn::auto::Builder, graceful::GracefulShutdown},
+    rt::{TokioIo, TokioTimer},
+    server::graceful::GracefulShutdown,
 };
 use lvp_api::ErrorCode;
 use lvp_engine::{Caller, Error};
@@ -30,7 +33,7 @@ use rustix::net::sockopt::set_tcp_user_timeout;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
-    sync::{Notify, OwnedSemaphorePermit, Semaphore, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
 };
 use tower::ServiceExt;
 
@@ -40,8 +43,6 @@ use crate::{error::Failure, limits::Limits};
 const LONGEST_HEAD: usize = 64 << 10;
 /// After a connection could not be accepted, the next one is waited for so long: descriptors are out, most likely.
 const AFTER_ERROR: Duration = Duration::from_millis(100);
-/// Requests that one connection of HTTP/2 has open at once.
-const STREAMS: u32 = 64;
 /// Connections that are open when the server stops have this long to end.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 
@@ -223,32 +224,16 @@ fn connect(
     slot: OwnedSemaphorePermit,
     graceful: &GracefulShutdown,
 ) {
-    let (router, asked) = (router.clone(), Arc::new(Notify::new()));
-    let first = Arc::clone(&asked);
+    let router = router.clone();
     let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
-        asked.notify_one();
         router.clone().oneshot(request.map(axum::body::Body::new))
     });
-    let mut builder = Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(limits.patience).max_buf_size(LONGEST_HEAD);
-    let mut http2 = builder.http2();
-    http2.timer(TokioTimer::new()).max_concurrent_streams(STREAMS);
-    // Nothing else finds out that the client of a connection without requests is gone.
-    http2.keep_alive_interval(limits.patience).keep_alive_timeout(limits.patience);
-    let connection = graceful.watch(builder.serve_connection(TokioIo::new(stream), service).into_owned());
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(limits.patience).max_buf_size(LONGEST_HEAD);
+    let connection = graceful.watch(builder.serve_connection(TokioIo::new(stream), service));
     tokio::spawn(async move {
         let _slot = slot;
-        let mut connection = pin!(connection);
-        // Before it is known which HTTP a client speaks, nothing else limits how long it takes to say so.
-        let ended = tokio::select! {
-            ended = &mut connection => ended,
-            () = first.notified() => connection.await,
-            () = tokio::time::sleep(limits.patience) => {
-                tracing::debug!("a connection without a request is closed");
-                return;
-            }
-        };
-        if let Err(error) = ended {
+        if let Err(error) = connection.await {
             tracing::debug!(%error, "a connection broke off");
         }
     });

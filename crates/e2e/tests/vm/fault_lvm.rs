@@ -22,7 +22,10 @@ pub const SCENARIOS: &[Scenario] = &[
     ("a_lock_of_lvm_that_is_held_is_waited_for", a_lock_of_lvm_that_is_held_is_waited_for),
     ("a_command_that_fails_on_a_lock_is_tried_again", a_command_that_fails_on_a_lock_is_tried_again),
     ("an_lvcreate_that_hangs_is_ended_and_its_volume_removed", an_lvcreate_that_hangs_is_ended),
-    ("a_volume_that_cannot_be_made_inactive_again_is_said_to_be_active", a_volume_that_stays_active_is_said_to_be),
+    (
+        "a_volume_that_cannot_be_made_inactive_again_is_said_to_be_active",
+        a_volume_that_cannot_be_made_inactive_again_is_said_to_be_active,
+    ),
     ("output_of_lvm_that_cannot_be_read_changes_nothing", output_of_lvm_that_cannot_be_read_changes_nothing),
     ("devices_that_appear_late_are_no_failure_and_without_udev_nothing_is_left", devices_that_appear_late_or_never),
     ("two_daemons_on_one_group_leave_each_others_volumes_alone", two_daemons_on_one_group),
@@ -186,7 +189,7 @@ fn an_lvcreate_that_hangs_is_ended(world: &World) -> Result<()> {
     world.vm.run_ok("rm -r /opt/other").map(drop)
 }
 
-fn a_volume_that_stays_active_is_said_to_be(world: &World) -> Result<()> {
+fn a_volume_that_cannot_be_made_inactive_again_is_said_to_be_active(world: &World) -> Result<()> {
     world.make_volume("web", "--size 64M")?;
     let inside = "--config devices/scan_lvs=1";
     world.vm.run_ok(&format!("pvcreate {inside} --yes /dev/vg0/web; udevadm settle"))?;

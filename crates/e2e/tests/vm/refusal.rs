@@ -16,7 +16,10 @@ pub const SCENARIOS: &[Scenario] = &[
     ("a_volume_by_its_other_name_is_in_use", a_volume_by_its_other_name_is_in_use),
     ("a_volume_below_an_overlay_of_a_domain_is_in_use", a_volume_below_an_overlay_of_a_domain_is_in_use),
     ("a_volume_with_a_physical_volume_in_it_is_refused", a_volume_with_a_physical_volume_in_it_is_refused),
-    ("a_job_that_is_refused_leaves_an_inactive_volume_inactive", a_refused_job_leaves_an_inactive_volume_inactive),
+    (
+        "a_job_that_is_refused_leaves_an_inactive_volume_inactive",
+        a_job_that_is_refused_leaves_an_inactive_volume_inactive,
+    ),
     (
         "a_domain_that_starts_while_its_volume_is_written_gets_none_or_fails_the_job",
         a_domain_that_starts_while_its_volume_is_written_gets_none_or_fails_the_job,
@@ -160,7 +163,7 @@ fn a_volume_with_a_physical_volume_in_it_is_refused(world: &World) -> Result<()>
 }
 
 /// What is in it shows only when it is active: it is looked at, and put back.
-fn a_refused_job_leaves_an_inactive_volume_inactive(world: &World) -> Result<()> {
+fn a_job_that_is_refused_leaves_an_inactive_volume_inactive(world: &World) -> Result<()> {
     world.make_volume("web", "--size 64M")?;
     let inside = "--config devices/scan_lvs=1";
     world.vm.run_ok(&format!("pvcreate {inside} --yes /dev/vg0/web; udevadm settle"))?;

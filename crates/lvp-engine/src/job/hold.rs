@@ -8,7 +8,7 @@ use std::{
 use lvp_api::{ErrorCode, JobId};
 use tokio::sync::Notify;
 
-use crate::error::Error;
+use crate::{db, error::Error};
 
 /// The right to change what an exclusive key stands for outside of a job: until it is dropped, no job with this key begins.
 pub struct Held {
@@ -26,7 +26,7 @@ impl Drop for Held {
 }
 
 /// The job that has an exclusive key, or is to have it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Holder {
     /// It runs.
     Running(JobId),
@@ -34,6 +34,8 @@ pub enum Holder {
     Awaited(JobId),
     /// It waits for the daemon, and this process is a command.
     LeftToDaemon(JobId),
+    /// It has not ended, and cannot be read: what stands in the place of its id.
+    Unreadable(String),
 }
 
 impl fmt::Display for Holder {
@@ -42,6 +44,9 @@ impl fmt::Display for Holder {
             Self::Running(job) => write!(f, "being written by job {job}"),
             Self::Awaited(job) => write!(f, "to be written by job {job}, which waits for its turn"),
             Self::LeftToDaemon(job) => write!(f, "to be written by job {job}, which the next daemon goes on with"),
+            Self::Unreadable(job) => {
+                write!(f, "in the hands of job {job}, which has not ended and cannot be read in the database")
+            }
         }
     }
 }
@@ -49,12 +54,14 @@ impl fmt::Display for Holder {
 impl Holder {
     /// The refusal of what would change `what`, which this job has.
     pub fn refusal(self, what: &str) -> Error {
-        let error = Error::new(ErrorCode::VolumeInUse, format!("{what} is {self}")).retry(true);
+        let passes = !matches!(self, Self::Unreadable(_));
+        let error = Error::new(ErrorCode::VolumeInUse, format!("{what} is {self}")).retry(passes);
         match self {
             Self::Running(_) | Self::Awaited(_) => error.hint("wait for its end, or cancel the job, then try again"),
             Self::LeftToDaemon(job) => {
                 error.hint(format!("start `lvp serve` to have it done, or take it back with `lvp job cancel {job}`"))
             }
+            Self::Unreadable(_) => error.hint(db::OUT_OF_UNREADABLE),
         }
     }
 }

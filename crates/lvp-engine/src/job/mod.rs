@@ -1,5 +1,5 @@
-//! Jobs: which may run next ([`queue`]), running them ([`runner`]) step by step ([`steps`]), keeping them ([`store`]), and
-//! who has what a job is about ([`hold`]).
+//! Jobs: which may run next ([`queue`]), running them ([`runner`]) step by step ([`steps`]), keeping them ([`store`]) and
+//! reading them ([`row`]), and who has what a job is about ([`hold`]).
 //!
 //! It knows nothing of images and volumes: a job is a request, a record and a list of [`Step`]s, all given by
 //! `provision`.
@@ -14,6 +14,7 @@
 
 mod hold;
 mod queue;
+mod row;
 mod runner;
 mod steps;
 mod store;
@@ -21,6 +22,7 @@ mod store;
 use futures::future::BoxFuture;
 
 pub use self::{
+    row::unreadable,
     runner::{Execution, Recovery, Runner},
     store::{Filter, NewJob, RunBy, Store, Stored},
 };

@@ -124,17 +124,22 @@ impl<C: Send + 'static> Runner<C> {
             self.inner.store.take_over().await?;
         }
         for stored in self.inner.store.unfinished().await? {
-            match recovery {
-                Recovery::Leave => {}
-                Recovery::Undo if stored.run_by == RunBy::Daemon => {}
-                Recovery::Resume => {
-                    if stored.status == JobStatus::Running {
-                        tracing::warn!(job_id = %stored.id, attempts = stored.attempts, "job was interrupted and will be resumed");
-                    }
-                    self.inner.store.requeue(stored.id).await?;
-                }
-                Recovery::Undo => self.inner.settle_interrupted(stored).await?,
+            if recovery == Recovery::Leave || (recovery == Recovery::Undo && stored.run_by == RunBy::Daemon) {
+                continue;
             }
+            // A newer version may have asked for what is not known here. To fail it would make its volume a leftover.
+            if let Err(error) = (self.inner.execution.context)(&stored, Progress::default()) {
+                self.inner.store.leave(stored.id, &error).await?;
+                continue;
+            }
+            if recovery == Recovery::Undo {
+                self.inner.settle_interrupted(stored).await?;
+                continue;
+            }
+            if stored.status == JobStatus::Running {
+                tracing::warn!(job_id = %stored.id, attempts = stored.attempts, "job was interrupted and will be resumed");
+            }
+            self.inner.store.requeue(stored.id).await?;
         }
         let runner = self.clone();
         let leave_old = recovery == Recovery::Leave;
@@ -202,6 +207,9 @@ impl<C: Send + 'static> Runner<C> {
     pub async fn holder(&self, exclusive: &str) -> Result<Option<Holder>> {
         let holds = |live: &&Live| live.entry.exclusive == exclusive;
         let Some(id) = self.inner.live().values().find(holds).map(|live| live.entry.id) else {
+            if let Some(job) = self.inner.store.unreadable_about(exclusive) {
+                return Ok(Some(Holder::Unreadable(job)));
+            }
             let left = self.inner.store.left_to_daemon(exclusive.to_owned()).await?;
             return Ok(left.map(Holder::LeftToDaemon));
         };
@@ -213,11 +221,15 @@ impl<C: Send + 'static> Runner<C> {
         }
     }
 
-    /// Refuses what a command must not begin, because a job of the daemon is about the same and will go on with it.
+    /// Refuses what must not begin, because an earlier job is about the same: one of the daemon's that will go on with it, in
+    /// a command, or one that cannot be read.
     ///
     /// # Errors
     /// `volume_in_use`, with the job.
     pub async fn refuse_left(&self, exclusive: &str, what: &str) -> Result<()> {
+        if let Some(job) = self.inner.store.unreadable_about(exclusive) {
+            return Err(Holder::Unreadable(job).refusal(what));
+        }
         let left = self.inner.store.left_to_daemon(exclusive.to_owned()).await?;
         left.map_or(Ok(()), |job| Err(Holder::LeftToDaemon(job).refusal(what)))
     }

@@ -1,15 +1,17 @@
 //! Jobs in SQLite: every change of a job and of its steps, each in one transaction. It leaves out deciding anything.
 
 use std::{
+    collections::HashMap,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
 
 use jiff::Timestamp;
 use lvp_api::{ErrorBody, ErrorCode, JobId, JobKind, JobStatus, Progress};
-use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
+use rusqlite::{Connection, OptionalExtension, Transaction, params};
 use serde_json::Value;
 
+use super::row::{COLUMNS, Unreadable, id_of, if_readable, read, text};
 use crate::{
     db,
     error::{Error, Result},
@@ -98,6 +100,33 @@ pub struct Store {
     most_pending: u32,
     /// Who has it open.
     own: RunBy,
+    unreadable: Known,
+}
+
+/// The rows that were found to be not readable, by what stands in the place of their ids, with the exclusive keys of those
+/// that have not ended. Each is told once. Nobody runs one of them, and what it is about is left alone.
+#[derive(Clone, Default)]
+struct Known(Arc<Mutex<HashMap<String, Option<String>>>>);
+
+impl Known {
+    fn tell(&self, bad: Unreadable, exclusive: Option<String>) {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if !known.contains_key(&bad.id) {
+            let unfinished = exclusive.is_some();
+            tracing::error!(
+                job_id = bad.id,
+                error = bad.why,
+                unfinished,
+                "a job cannot be read in the database and is left as it is"
+            );
+        }
+        let kept = known.entry(bad.id).or_default();
+        *kept = kept.take().or(exclusive);
+    }
+
+    fn has(&self, id: JobId) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&id.to_string())
+    }
 }
 
 /// What came of keeping a job.
@@ -112,15 +141,14 @@ enum Inserted {
 /// Receipts that are kept, the newest; a host has far fewer volumes.
 const RECEIPTS_KEPT: u32 = 10_000;
 
-const COLUMNS: &str = "id, kind, status, request, record, cancel_requested, attempts, progress, error, \
-                       created_at, started_at, updated_at, finished_at, run_by";
 /// The jobs that are to be run by `?1`: a daemon runs those of commands too.
 const OWN: &str = "(?1 = 'daemon' OR run_by = ?1)";
 
 impl Store {
     /// Opens the database at `path`.
     pub fn open(path: &Path) -> Result<Self> {
-        Ok(Self { connection: Arc::new(Mutex::new(db::open(path)?)), most_pending: u32::MAX, own: RunBy::Daemon })
+        let connection = Arc::new(Mutex::new(db::open(path)?));
+        Ok(Self { connection, most_pending: u32::MAX, own: RunBy::Daemon, unreadable: Known::default() })
     }
 
     /// The same, where no more than so many jobs wait for their turn.
@@ -218,7 +246,7 @@ impl Store {
     /// The job of this id.
     ///
     /// # Errors
-    /// `job_not_found`.
+    /// `job_not_found`; `database_unavailable` also for one that is there and cannot be read.
     pub async fn get(&self, id: JobId) -> Result<Stored> {
         self.transact(move |t| get(t, id)).await?.ok_or_else(|| {
             Error::new(ErrorCode::JobNotFound, format!("there is no job {id}"))
@@ -226,37 +254,86 @@ impl Store {
         })
     }
 
-    /// Jobs, newest first.
+    /// Jobs, newest first, without those that cannot be read.
     pub async fn list(&self, filter: Filter) -> Result<Vec<Stored>> {
+        let unreadable = self.unreadable.clone();
         self.transact(move |t| {
             let sql = format!(
-                "SELECT {COLUMNS} FROM jobs WHERE (?1 IS NULL OR status = ?1) AND (?2 IS NULL OR id < ?2) ORDER BY id DESC LIMIT ?3"
+                "SELECT {COLUMNS} FROM jobs WHERE (?1 IS NULL OR status = ?1) AND (?2 IS NULL OR id < ?2) ORDER BY id DESC"
             );
             let status = filter.status.map(JobStatus::name);
             let before = filter.before.map(|id| id.to_string());
-            t.prepare_cached(&sql)?.query_map(params![status, before, filter.limit], read)?.collect()
+            let (mut statement, mut found) = (t.prepare_cached(&sql)?, Vec::new());
+            let mut rows = statement.query(params![status, before])?;
+            while found.len() < filter.limit as usize
+                && let Some(row) = rows.next()?
+            {
+                match if_readable(row, read)? {
+                    Ok(stored) => found.push(stored),
+                    Err(bad) => unreadable.tell(bad, None),
+                }
+            }
+            Ok(found)
         })
         .await
     }
 
-    /// Jobs that have not ended, oldest first.
+    /// Jobs that have not ended, oldest first, without those that cannot be read: from here on these are known, and neither
+    /// run nor worked against.
     pub async fn unfinished(&self) -> Result<Vec<Stored>> {
-        self.transact(|t| {
-            let sql = format!("SELECT {COLUMNS} FROM jobs WHERE status IN ('pending', 'running') ORDER BY id");
-            t.prepare_cached(&sql)?.query_map([], read)?.collect()
+        let unreadable = self.unreadable.clone();
+        self.transact(move |t| {
+            // By its end and not by its status, which may be what cannot be read.
+            let sql = format!("SELECT {COLUMNS}, exclusive FROM jobs WHERE finished_at IS NULL ORDER BY id");
+            let (mut statement, mut found) = (t.prepare_cached(&sql)?, Vec::new());
+            let mut rows = statement.query([])?;
+            while let Some(row) = rows.next()? {
+                match if_readable(row, read)? {
+                    Ok(stored) if stored.status.is_terminal() => {}
+                    Ok(stored) => found.push(stored),
+                    Err(bad) => unreadable.tell(bad, Some(text(row, 14)?.unwrap_or_default().into_owned())),
+                }
+            }
+            Ok(found)
+        })
+        .await
+    }
+
+    /// From here on this unfinished job counts as one that cannot be read: nobody knows what it is to do.
+    pub async fn leave(&self, id: JobId, why: &Error) -> Result<()> {
+        let (unreadable, why) = (self.unreadable.clone(), why.chain());
+        self.transact(move |t| {
+            let sql = "SELECT exclusive FROM jobs WHERE id = ?1";
+            let about = t.query_row(sql, [id.to_string()], |row| Ok(text(row, 0)?.unwrap_or_default().into_owned()))?;
+            unreadable.tell(Unreadable { id: id.to_string(), why }, Some(about));
+            Ok(())
         })
         .await
     }
 
     /// The ids and exclusive keys of the own jobs that wait for their turn, oldest first.
     pub async fn pending(&self) -> Result<Vec<(JobId, String)>> {
-        let own = self.own;
+        let (own, unreadable) = (self.own, self.unreadable.clone());
         self.transact(move |t| {
             let sql = format!("SELECT id, exclusive FROM jobs WHERE status = 'pending' AND {OWN} ORDER BY id");
-            let entry = |row: &Row<'_>| Ok((id_of(row)?, row.get(1)?));
-            t.prepare_cached(&sql)?.query_map([own.name()], entry)?.collect()
+            let (mut statement, mut found) = (t.prepare_cached(&sql)?, Vec::new());
+            let mut rows = statement.query([own.name()])?;
+            while let Some(row) = rows.next()? {
+                match if_readable(row, |row| Ok((id_of(row)?, row.get(1)?)))? {
+                    Ok(entry) if unreadable.has(entry.0) => {}
+                    Ok(entry) => found.push(entry),
+                    Err(bad) => unreadable.tell(bad, None),
+                }
+            }
+            Ok(found)
         })
         .await
+    }
+
+    /// An unfinished job with this exclusive key that cannot be read: what stands in the place of its id.
+    pub fn unreadable_about(&self, exclusive: &str) -> Option<String> {
+        let known = self.unreadable.0.lock().unwrap_or_else(PoisonError::into_inner);
+        known.iter().find(|(_, about)| about.as_deref() == Some(exclusive)).map(|(id, _)| id.clone())
     }
 
     /// The oldest job with this exclusive key that a command has to leave to the daemon.
@@ -483,13 +560,6 @@ fn count_pending(transaction: &Transaction<'_>, own: RunBy) -> rusqlite::Result<
     transaction.prepare_cached(&sql)?.query_row([own.name()], |row| row.get(0))
 }
 
-/// The id in the first column.
-fn id_of(row: &Row<'_>) -> rusqlite::Result<JobId> {
-    row.get::<_, String>(0)?.parse().map_err(|error: lvp_api::Invalid| {
-        rusqlite::Error::FromSqlConversionFailure(0, rusqlite::types::Type::Text, error.0.into())
-    })
-}
-
 fn get(transaction: &Transaction<'_>, id: JobId) -> rusqlite::Result<Option<Stored>> {
     transaction
         .prepare_cached(&format!("SELECT {COLUMNS} FROM jobs WHERE id = ?1"))?
@@ -499,47 +569,6 @@ fn get(transaction: &Transaction<'_>, id: JobId) -> rusqlite::Result<Option<Stor
 
 fn now() -> String {
     Timestamp::now().to_string()
-}
-
-/// A row of [`COLUMNS`].
-fn read(row: &Row<'_>) -> rusqlite::Result<Stored> {
-    let bad = |index: usize, error: String| {
-        rusqlite::Error::FromSqlConversionFailure(index, rusqlite::types::Type::Text, error.into())
-    };
-    let json = |index: usize| -> rusqlite::Result<Value> {
-        serde_json::from_str(&row.get::<_, String>(index)?).map_err(|error| bad(index, error.to_string()))
-    };
-    let time = |index: usize| -> rusqlite::Result<Option<Timestamp>> {
-        row.get::<_, Option<String>>(index)?
-            .map(|text| text.parse().map_err(|error: jiff::Error| bad(index, error.to_string())))
-            .transpose()
-    };
-    let required = |index: usize| time(index)?.ok_or_else(|| bad(index, "a time is missing".to_owned()));
-    let parsed = |index: usize| row.get::<_, Option<String>>(index);
-    Ok(Stored {
-        id: id_of(row)?,
-        kind: serde_json::from_value(Value::String(row.get(1)?)).map_err(|error| bad(1, error.to_string()))?,
-        status: row.get::<_, String>(2)?.parse().map_err(|error: lvp_api::Invalid| bad(2, error.0))?,
-        request: json(3)?,
-        record: json(4)?,
-        cancel_requested: row.get(5)?,
-        attempts: row.get(6)?,
-        progress: match parsed(7)? {
-            Some(text) => serde_json::from_str(&text).map_err(|error| bad(7, error.to_string()))?,
-            None => Progress::queued(),
-        },
-        error: parsed(8)?
-            .map(|text| serde_json::from_str(&text).map_err(|error| bad(8, error.to_string())))
-            .transpose()?,
-        created_at: required(9)?,
-        started_at: time(10)?,
-        updated_at: required(11)?,
-        finished_at: time(12)?,
-        run_by: match row.get::<_, String>(13)?.as_str() {
-            "command" => RunBy::Command,
-            _ => RunBy::Daemon,
-        },
-    })
 }
 
 #[cfg(test)]

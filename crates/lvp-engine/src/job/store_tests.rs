@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::*;
+use super::{super::row::unreadable, *};
 
 async fn store() -> (tempfile::TempDir, Store) {
     let directory = tempfile::tempdir().unwrap();
@@ -143,4 +143,78 @@ async fn a_command_sees_its_own_jobs_waiting_and_leaves_the_daemons() {
     // What commands left is the daemon's once there is one.
     daemon.take_over().await.unwrap();
     assert_eq!(daemon.get(own).await.unwrap().run_by, RunBy::Daemon);
+}
+
+/// Breaks a column of a job as a newer version, or a bit that flips, would.
+async fn break_column(store: &Store, id: JobId, column: &'static str, value: &'static str) {
+    let sql = format!("UPDATE jobs SET {column} = CAST(?2 AS TEXT) WHERE id = ?1");
+    let value = value.as_bytes().iter().map(|byte| if *byte == b'~' { 0xff } else { *byte }).collect::<Vec<u8>>();
+    let changed = store.transact(move |t| t.execute(&sql, params![id.to_string(), value])).await.unwrap();
+    assert_eq!(changed, 1);
+}
+
+#[tokio::test]
+async fn one_job_that_cannot_be_read_does_not_take_the_others_out_of_the_list() {
+    let (directory, store) = store().await;
+    let path = directory.path().join("jobs.db");
+    let columns =
+        [("kind", "teleport"), ("status", "rumning"), ("request", "{~"), ("created_at", "then"), ("record", "~")];
+    for (column, value) in columns {
+        let (before, _) = store.insert(new("a", None)).await.unwrap();
+        let (broken, _) = store.insert(new(column, None)).await.unwrap();
+        let (after, _) = store.insert(new("c", None)).await.unwrap();
+        break_column(&store, broken, column, value).await;
+        assert_eq!(unreadable(&path).unwrap(), [broken.to_string()], "{column}");
+        // A page is as long as it was asked for, and the next one begins behind it.
+        let page = |before| store.list(Filter { limit: 1, before, ..Filter::default() });
+        assert_eq!(page(None).await.unwrap()[0].id, after, "{column}");
+        assert_eq!(page(Some(after)).await.unwrap()[0].id, before, "{column}");
+        let error = store.get(broken).await.unwrap_err();
+        assert!(error.code() == ErrorCode::DatabaseUnavailable && !error.retryable(), "{column}: {error:?}");
+        assert!(error.to_body().hint.is_some_and(|hint| hint.contains("newer lvp") && hint.contains("doctor")));
+
+        // It is known from the start, neither run nor worked against, and left as it is.
+        let next = Store::open(&path).unwrap();
+        let ids: Vec<JobId> = next.unfinished().await.unwrap().iter().map(|job| job.id).collect();
+        assert_eq!(ids, [before, after], "{column}");
+        let waiting: Vec<JobId> = next.pending().await.unwrap().iter().map(|(id, _)| *id).collect();
+        assert_eq!(waiting, [before, after], "{column}");
+        assert_eq!(next.unreadable_about(column), Some(broken.to_string()));
+        assert_eq!(next.unreadable_about("a"), None);
+        for id in [before, after] {
+            next.request_cancel(id).await.unwrap();
+        }
+        next.prune(0).await.unwrap();
+        assert_eq!(unreadable(&path).unwrap(), [broken.to_string()], "{column}: it was forgotten");
+        let gone = move |t: &Transaction<'_>| t.execute("DELETE FROM jobs WHERE id = ?1", [broken.to_string()]);
+        assert_eq!(next.transact(gone).await.unwrap(), 1);
+    }
+}
+
+#[tokio::test]
+async fn an_error_of_a_newer_version_keeps_its_words() {
+    let (_directory, store) = store().await;
+    let (id, _) = store.insert(new("a", None)).await.unwrap();
+    store.start(id).await.unwrap();
+    store.finish(id, JobStatus::Failed, Progress::queued(), None, json!({})).await.unwrap();
+    let error =
+        r#"{"error": "moon_is_full", "message": "the moon is full", "code": 503, "retryable": true, "hint": "wait"}"#;
+    break_column(&store, id, "error", error).await;
+    break_column(
+        &store,
+        id,
+        "progress",
+        r#"{"stage": "baking", "percent": 40, "bytes_processed": 4, "bytes_total": 9}"#,
+    )
+    .await;
+    let job = store.get(id).await.unwrap();
+    let read = job.error.unwrap();
+    assert_eq!(
+        (read.error, read.message.as_str(), read.hint.as_deref()),
+        (ErrorCode::Internal, "the moon is full", Some("wait"))
+    );
+    assert_eq!((read.retryable, &read.details["unknown_code"]), (true, &json!("moon_is_full")));
+    assert_eq!((job.progress.percent, job.progress.bytes_processed, job.progress.bytes_total), (40, 4, 9));
+    break_column(&store, id, "error", "{\"error\": \"inter~al\"").await;
+    assert!(store.get(id).await.unwrap().error.unwrap().message.contains("inter"));
 }

@@ -34,14 +34,14 @@ struct Looked {
     _admitted: Option<admission::Admission>,
 }
 
-/// The plan of an order. `receipts`: what was done in the same place before, the newest first.
+/// The plan of an order. `receipts`: what was done in the same place before, the newest first. `progress` stops it: what it
+/// asks a source for is let go then.
 ///
 /// # Errors
 /// What the job would fail with.
-pub async fn plan(services: &Arc<Services>, order: &Order, receipts: &[Receipt]) -> Result<Plan> {
+pub async fn plan(services: &Arc<Services>, order: &Order, receipts: &[Receipt], progress: &Progress) -> Result<Plan> {
     let volume = order.volume.clone().ok_or_else(|| Error::internal("a plan is for a volume"))?;
-    let progress = Progress::default();
-    let resolved = resolve(services, order, &progress).await?;
+    let resolved = resolve(services, order, progress).await?;
     let backend = services.targets.target(&volume.settings()?)?.backend;
     let base = match known_digest(&resolved) {
         Some(digest) => sharing::find_base(&backend, &digest).await?,
@@ -49,7 +49,7 @@ pub async fn plan(services: &Arc<Services>, order: &Order, receipts: &[Receipt])
     };
     let examined = match &base {
         Some(_) if resolved.cached().is_none() => None,
-        _ => examine(&resolved, order, &progress).await?,
+        _ => examine(&resolved, order, progress).await?,
     };
     let (wanted, image, all, has_base) = (volume.clone(), examined.clone(), Arc::clone(services), base.is_some());
     let (looked, label) =

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
+    db,
     error::{Error, Result},
     image::{ImageUrl, SourceSettings},
     limit::RateLimit,
@@ -115,8 +116,7 @@ impl Order {
 
     /// From what the job store kept.
     pub fn from_stored(request: &Value) -> Result<Self> {
-        serde_json::from_value(request.clone())
-            .map_err(|error| Error::internal("a stored job cannot be read").source(error))
+        serde_json::from_value(request.clone()).map_err(|error| db::unreadable().source(error))
     }
 
     /// As the job store keeps it.

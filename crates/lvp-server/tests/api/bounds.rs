@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use e2e::server::{Page, Server};
+use e2e::{
+    gate::Gate,
+    server::{Page, Server},
+};
 use futures::StreamExt;
 use lvp_server::Limits;
 use reqwest::Method;
@@ -95,11 +98,6 @@ async fn a_client_that_does_not_go_on_is_let_go() {
         let answer = exchange(&bed, bytes.as_bytes()).await;
         assert!(!answer.contains("200 OK"), "{name}: {answer}");
     }
-    // HTTP/2: its preface, no settings, a request, and no answer to a ping (RFC 9113, 4.1 and 6.7; the numbers before the host
-    // stand for GET, http and / in RFC 7541, appendix A).
-    let silent =
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0\0\0\x0e\x01\x05\0\0\0\x01\x82\x86\x84\x41\x09localhost";
-    exchange(&bed, silent).await;
     // One that keeps its connection for a next request that does not come.
     let kept = exchange(&bed, b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
     assert!(kept.starts_with("HTTP/1.1 200"), "{kept}");
@@ -107,6 +105,24 @@ async fn a_client_that_does_not_go_on_is_let_go() {
     let answer = exchange(&bed, half.as_bytes()).await;
     assert!(answer.starts_with("HTTP/1.1 408") && answer.contains("request_timeout"), "{answer}");
     assert_eq!(bed.tcp().get("/livez").await.status, 200);
+}
+
+/// Over HTTP/2 a client that answers pings and grants no window would keep its answers here for as long as it likes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_of_http_2_that_grants_no_window_is_not_served() {
+    let bed = Bed::new().await;
+    // The preface, settings with an INITIAL_WINDOW_SIZE of 0, and a request for / (RFC 9113, 3.4, 4.1 and 6.5; the numbers
+    // before the host stand for GET, http and / in RFC 7541, appendix A).
+    let mut asks = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    asks.extend(b"\0\0\x06\x04\0\0\0\0\0\0\x04\0\0\0\0");
+    asks.extend(b"\0\0\x0e\x01\x05\0\0\0\x01\x82\x86\x84\x41\x09localhost");
+    let answer = exchange(&bed, &asks).await;
+    assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
+    // Nor is it spoken to who asks for it in the way of HTTP/1.1.
+    let upgrade = "GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\n\
+                   HTTP2-Settings: AAQAAAAA\r\n\r\n";
+    let answer = exchange(&bed, upgrade.as_bytes()).await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -180,4 +196,39 @@ async fn followers_are_bounded_and_make_room_when_they_go() {
         assert!(begun.elapsed() < PATIENCE, "nobody makes room");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+}
+
+/// Dry runs at once that the engine makes.
+const PLANS: usize = 8;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn dry_runs_at_a_source_that_hangs_are_bounded_and_end_with_their_callers() {
+    let bed = Bed::new().await;
+    let (web, gate) = (Server::start(), Gate::default());
+    let image = std::fs::read(bed.publish("good.qcow2", 1)).unwrap();
+    web.serve("/held.qcow2", Page::new(image).hold(0, &gate));
+    let mut held = bed.order("good.qcow2", "web-1");
+    held["image_url"] = json!(web.url("/held.qcow2"));
+    let path = "/api/v1/jobs?dry_run=true";
+    let ask = |order: &Value| Answer::of(bed.tcp().request(Method::POST, path).json(order));
+    let callers: Vec<_> = (0..PLANS).map(|_| tokio::spawn(ask(&held))).collect();
+    let begun = Instant::now();
+    while web.count("GET", "/held.qcow2") < PLANS {
+        assert!(begun.elapsed() < PATIENCE, "they do not come to the source");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let good = bed.order("good.qcow2", "web-1");
+    let refused = ask(&good).await;
+    assert_eq!((refused.status, &refused.refusal("queue_full")["retryable"]), (429, &json!(true)));
+    assert!(refused.headers.contains_key("retry-after"));
+    // What is no dry run is done meanwhile, and the database answers.
+    bed.provision(&bed.order("good.qcow2", "web-2")).await;
+    // Their callers go, and the source still says nothing: their places come back all the same.
+    callers.iter().for_each(tokio::task::JoinHandle::abort);
+    let begun = Instant::now();
+    while ask(&good).await.status != 200 {
+        assert!(begun.elapsed() < PATIENCE, "a plan goes on without its caller");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    gate.open();
 }

@@ -2,9 +2,16 @@
 //!
 //! It leaves out what needs a machine of its own, such as memory that runs out: the scenarios of `crates/e2e` have that.
 
-use std::{fs, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
 
-use e2e::server::{Page, Server};
+use e2e::{
+    gate::Gate,
+    server::{Page, Server},
+};
 use lvp_engine::LibvirtSetting;
 use serde_json::{Value, json};
 
@@ -15,6 +22,8 @@ use crate::{
     source_faults::{order, raw_image, somebodys_volume},
 };
 
+/// What has not come by then does not.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// The size of the volumes of [`order`].
 const SIZE: u64 = 11 * MIB;
 
@@ -94,4 +103,78 @@ async fn a_job_database_that_takes_nothing_loses_no_job_and_no_volume() {
     assert_eq!(job["retryable"], json!(true));
     let job = bed.ended(&waiting).await;
     assert_eq!(job["status"], "completed", "{job:#}");
+}
+
+/// Writes something else into a column of a job; gives what was there.
+fn replace(state: &Path, id: &str, column: &str, value: &str) -> String {
+    let database = rusqlite::Connection::open(state.join("jobs.db")).unwrap();
+    let before = database.query_row(&format!("SELECT {column} FROM jobs WHERE id = ?1"), [id], |row| row.get(0));
+    let changed = database.execute(&format!("UPDATE jobs SET {column} = ?2 WHERE id = ?1"), [id, value]).unwrap();
+    assert_eq!(changed, 1);
+    before.unwrap()
+}
+
+/// What a newer lvp wrote, or a bit that flipped: one job that cannot be read, in the middle of what it does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_that_cannot_be_read_stops_no_daemon_and_its_volume_is_left_alone() {
+    let mut bed = Bed::new().await;
+    bed.publish("good.qcow2", 1);
+    let before = bed.provision(&bed.order("good.qcow2", "before")).await["job_id"].clone();
+    let (web, gate) = (Server::start(), Gate::default());
+    let image = fs::read(bed.image("held.qcow2", 2)).unwrap();
+    let most = image.len() as u64 - 1;
+    web.serve("/held.qcow2", Page::new(image).hold(most, &gate));
+    let mut held = bed.order("good.qcow2", "held");
+    held["image_url"] = json!(web.url("/held.qcow2"));
+    let id = bed.submit(&held).await;
+    let begun = Instant::now();
+    while !bed.volume("held").exists() {
+        assert!(begun.elapsed() < PATIENCE, "its volume is not made");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let mut kind = String::new();
+    bed.restart_after(|state| kind = replace(state, &id, "kind", "teleport")).await;
+    gate.open();
+    // The daemon is there, and does what else it is asked for.
+    let after = bed.provision(&bed.order("good.qcow2", "after")).await["job_id"].clone();
+    let listed: Vec<Value> = bed.all_jobs().await.iter().map(|job| job["job_id"].clone()).collect();
+    assert_eq!(listed, [after, before]);
+    let answer = bed.tcp().get(&format!("/api/v1/jobs/{id}")).await;
+    let refusal = answer.refusal("database_unavailable");
+    assert_eq!(refusal["retryable"], false, "{refusal:#}");
+    assert!(refusal["hint"].as_str().unwrap().contains("newer lvp"), "{refusal:#}");
+
+    // Nobody touches what it had begun: not by a request, and not as a leftover.
+    let answer = bed.tcp().post("/api/v1/jobs", &bed.order("good.qcow2", "held")).await;
+    let refusal = answer.refusal("volume_in_use");
+    assert!(refusal["retryable"] == false && refusal["message"].as_str().unwrap().contains(&id), "{refusal:#}");
+    bed.unix().delete("/api/v1/volumes/held?force=true").await.refusal("volume_in_use");
+    let begun = Instant::now();
+    while !bed.tcp().get("/health").await.json()["checks"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .any(|check| check["name"] == "leftovers" && check["message"].as_str().unwrap().contains("not looked for"))
+    {
+        assert!(begun.elapsed() < PATIENCE, "leftovers were not looked for");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(bed.volume("held").exists());
+
+    // The same, where a newer lvp was asked for what is not known here.
+    let mut request = String::new();
+    bed.restart_after(|state| {
+        replace(state, &id, "kind", &kind);
+        request = replace(state, &id, "request", "{\"newer\": true}");
+    })
+    .await;
+    bed.provision(&bed.order("good.qcow2", "last")).await;
+    assert_eq!(bed.all_jobs().await.len(), 3, "the one that cannot be read is listed, or another one is not");
+    bed.tcp().get(&format!("/api/v1/jobs/{id}")).await.refusal("database_unavailable");
+    bed.tcp().post("/api/v1/jobs", &bed.order("good.qcow2", "held")).await.refusal("volume_in_use");
+    assert!(bed.volume("held").exists());
+
+    // The newer lvp is back.
+    bed.restart_after(|state| drop(replace(state, &id, "request", &request))).await;
+    assert_eq!(bed.ended(&id).await["status"], "completed");
 }

@@ -1,8 +1,14 @@
 //! `lvp job`: list, show, watch, cancel; and following a job for the commands that submit one.
 
-use std::{process::ExitCode, time::Duration};
+use std::{
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
-use lvp_api::{ByteSize, ErrorBody, ErrorCode, Job, JobId, JobKind, JobList, JobStatus, Submitted};
+use lvp_api::{
+    ByteSize, ErrorBody, ErrorCode, Job, JobId, JobKind, JobList, JobStatus, Submitted,
+    client::{Client, Followed},
+};
 
 use super::Outcome;
 use crate::{
@@ -14,6 +20,10 @@ use crate::{
 
 /// After its events broke off, a job is followed again after this long.
 const FOLLOW_AGAIN: Duration = Duration::from_millis(200);
+/// And asked for so often while no more followers are let in.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+/// A daemon that has the job may be away for so long, as when it is upgraded.
+const AWAY: Duration = Duration::from_secs(60);
 
 /// Runs the command.
 pub async fn run(connection: &Connection, command: cli::Job, output: Output) -> Outcome {
@@ -22,7 +32,7 @@ pub async fn run(connection: &Connection, command: cli::Job, output: Output) -> 
         cli::Job::List { status, limit } => output::print(&client.jobs(status, limit).await?, output, show_list)?,
         cli::Job::Show { id } => output::print(&client.job(id).await?, output, show)?,
         cli::Job::Watch { id } => {
-            let job = watch(connection, id, output, false).await?;
+            let job = watch(connection, Following::new(&connection.client, id, false), output, false).await?;
             return end(&job, output);
         }
         cli::Job::Cancel { id } => {
@@ -32,7 +42,8 @@ pub async fn run(connection: &Connection, command: cli::Job, output: Output) -> 
                 cancelled => drop(cancelled?),
             }
             // Without a daemon the job is taken back in this process, which stays for that.
-            let job = watch(connection, id, output, connection.is_local()).await?;
+            let following = Following::new(&connection.client, id, true);
+            let job = watch(connection, following, output, connection.is_local()).await?;
             output::print(&job, output, |job| format!("job {} {}", job.job_id, job.status))?;
         }
     }
@@ -45,28 +56,103 @@ pub async fn follow_or_print(connection: &Connection, submitted: Submitted, deta
         output::print(&submitted, output, |submitted| submitted.job_id.to_string())?;
         return Ok(ExitCode::SUCCESS);
     }
-    let job = watch(connection, submitted.job_id, output, true).await?;
-    end(&job, output)
+    let id = submitted.job_id;
+    let followed = watch(connection, Following::new(&connection.client, id, true), output, true).await;
+    end(&followed.map_err(|error| accepted(error, id))?, output)
+}
+
+/// An error of following, and not of the job: that is to be found again, and not to be submitted once more.
+fn accepted(mut error: Box<ErrorBody>, id: JobId) -> Box<ErrorBody> {
+    let fate = if error.error == ErrorCode::JobNotFound { "is not remembered any more" } else { "goes on" };
+    error.message = format!("job {id} was accepted and {fate}, but cannot be followed: {}", error.message);
+    error.hint = Some(format!("`lvp job watch {id}` follows it; to submit it again would write the volume once more"));
+    error.retryable = false;
+    error.details.insert("job_id".to_owned(), id.to_string().into());
+    error
+}
+
+/// A job that is followed, however often that breaks off. Its `next` may be dropped while it waits and loses nothing.
+struct Following<'a> {
+    client: &'a Client,
+    id: JobId,
+    events: Option<Followed>,
+    /// The daemon knows the job, so that it is worth waiting for.
+    is_known: bool,
+    /// Since when nothing was heard of it.
+    away: Option<Instant>,
+}
+
+impl<'a> Following<'a> {
+    fn new(client: &'a Client, id: JobId, is_known: bool) -> Self {
+        Self { client, id, events: None, is_known, away: None }
+    }
+
+    /// The job, when it has changed; or when it was asked for, because no more followers are let in.
+    async fn next(&mut self) -> Result<Job, Box<ErrorBody>> {
+        loop {
+            if let Some(events) = &mut self.events {
+                if let Some(job) = events.next().await {
+                    (self.is_known, self.away) = (true, None);
+                    return Ok(job);
+                }
+                self.events = None;
+                tokio::time::sleep(FOLLOW_AGAIN).await;
+            }
+            let asked = match self.client.follow(self.id).await {
+                Ok(events) => {
+                    self.events = Some(events);
+                    continue;
+                }
+                Err(error) if error.error == ErrorCode::TooManyFollowers => {
+                    tokio::time::sleep(ASK_AGAIN).await;
+                    self.client.job(self.id).await
+                }
+                Err(error) => Err(error),
+            };
+            match asked {
+                Ok(job) => {
+                    (self.is_known, self.away) = (true, None);
+                    return Ok(job);
+                }
+                Err(error) => self.bear(error).await?,
+            }
+        }
+    }
+
+    /// Waits a moment where the daemon is only away, and has not been for too long.
+    async fn bear(&mut self, error: Box<ErrorBody>) -> Result<(), Box<ErrorBody>> {
+        let is_passing = error.code == ErrorCode::DaemonUnreachable.http_status() && error.retryable;
+        if !self.is_known || !is_passing {
+            return Err(error);
+        }
+        match self.away {
+            None => {
+                eprintln!("job {} is asked for again until the daemon is back: {}", self.id, error.message);
+                self.away = Some(Instant::now());
+            }
+            Some(since) if since.elapsed() > AWAY => return Err(error),
+            Some(_) => {}
+        }
+        tokio::time::sleep(FOLLOW_AGAIN).await;
+        Ok(())
+    }
 }
 
 /// Shows a job's progress until it has ended. Ctrl-C cancels the job where `may_cancel` (a second one leaves it to the
 /// daemon), and only ends the watching where not.
-async fn watch(connection: &Connection, id: JobId, output: Output, may_cancel: bool) -> Result<Job, Box<ErrorBody>> {
-    let client = &connection.client;
+async fn watch(
+    connection: &Connection,
+    mut following: Following<'_>,
+    output: Output,
+    may_cancel: bool,
+) -> Result<Job, Box<ErrorBody>> {
+    let (client, id) = (&connection.client, following.id);
     let mut display = ProgressDisplay::new(output != Output::Table);
-    let mut followed = client.follow(id).await?;
     let mut cancelled = false;
     loop {
         tokio::select! {
-            job = followed.next() => {
-                let job = match job {
-                    Some(job) => job,
-                    None => {
-                        tokio::time::sleep(FOLLOW_AGAIN).await;
-                        followed = client.follow(id).await?;
-                        continue;
-                    }
-                };
+            job = following.next() => {
+                let job = job?;
                 display.show(&job);
                 if job.status.is_terminal() {
                     return Ok(job);
@@ -83,8 +169,11 @@ async fn watch(connection: &Connection, id: JobId, output: Output, may_cancel: b
                 }
                 eprintln!("cancelling; what the job did is taken back");
                 cancelled = true;
-                // It may have ended by itself in this moment; then the next look says so.
-                let _ = client.cancel(id).await;
+                match client.cancel(id).await {
+                    // It may have ended by itself in this moment; then the next look says so.
+                    Err(error) if error.error != ErrorCode::JobFinished => eprintln!("not cancelled: {}", error.message),
+                    _ => {}
+                }
             }
         }
     }
@@ -209,4 +298,22 @@ fn show(job: &Job) -> String {
         ("hint", job.hint.clone()),
         ("left", Some(output::left(&job.details).collect::<Vec<_>>().join("; ")).filter(|left| !left.is_empty())),
     ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_of_following_names_the_job_that_was_accepted() {
+        let id: JobId = "0193f2b0-0000-7000-8000-000000000001".parse().unwrap();
+        let away = body(lvp_engine::Error::new(ErrorCode::DaemonUnreachable, "nobody answers").hint("--local"));
+        let said = accepted(away, id);
+        assert_eq!((said.error, said.retryable), (ErrorCode::DaemonUnreachable, false));
+        assert!(said.message.contains(&format!("job {id} was accepted and goes on")), "{}", said.message);
+        assert!(said.message.ends_with("nobody answers"), "{}", said.message);
+        let hint = said.hint.unwrap();
+        assert!(hint.contains(&format!("lvp job watch {id}")) && !hint.contains("--local"), "{hint}");
+        assert_eq!(said.details["job_id"], id.to_string());
+    }
 }

@@ -1,9 +1,10 @@
-//! `lvp serve`: the daemon. It opens the engine, serves the API, and stops on SIGTERM or SIGINT: running jobs have their time
-//! to end, and are then left to be resumed by the next start. A second signal ends that time.
+//! `lvp serve`: the daemon. It opens the engine, listens, begins to run jobs and serves the API, and stops on SIGTERM or
+//! SIGINT: running jobs have their time to end, and are then left to be resumed by the next start. A second signal ends that
+//! time.
 
 use std::process::ExitCode;
 
-use lvp_engine::{Engine, Error, Recovery};
+use lvp_engine::{Error, Prepared, Recovery};
 use lvp_server::{Limits, listen};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -22,8 +23,10 @@ pub async fn run(config: &Config) -> Outcome {
     let limits = Limits::of_connections(connections);
     // From here on a signal is a wish to stop, not the end in the middle of a step.
     let mut signals = StopSignals::listen().map_err(body)?;
-    let engine = Engine::open(settings).await.map_err(body)?;
+    let engine = Prepared::open(settings).await.map_err(body)?;
+    // Before any job begins: a start that fails here, again and again, must not use up the attempts of jobs.
     let listeners = listen::bind(&addresses).await.map_err(body)?;
+    let engine = engine.begin().await.map_err(body)?;
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         address = listeners.tcp_address().map(tracing::field::display),

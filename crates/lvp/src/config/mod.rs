@@ -386,7 +386,8 @@ impl Config {
             io_priority: self.io_priority()?,
             leftover_grace: self.span_or_never("leftover_grace")?,
             stop_grace: self.span("stop_grace")?,
-            job_history: self.number("job_history")?.unwrap_or(1000),
+            // One at least: who follows a job reads its end after it has ended.
+            job_history: self.some("job_history", self.number("job_history")?.unwrap_or(1000))?,
             thin_floor: self.percent("thin_floor")?,
             recovery,
         })

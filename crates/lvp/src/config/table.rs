@@ -156,7 +156,7 @@ pub const SETTINGS: &[Setting] = &[
         Some("5"),
         "Percent of a thin pool's data that jobs leave free for the volumes in it",
     ),
-    setting("job_history", &["LVP_JOB_HISTORY"], Some("1000"), "Ended jobs that are remembered"),
+    setting("job_history", &["LVP_JOB_HISTORY"], Some("1000"), "Ended jobs that are remembered, at least 1"),
     setting("log_level", &["LOG_LEVEL"], None, "error, warn, info, debug, trace, or filter directives; not set: info for the daemon, error for commands")
         .flag("log-level"),
     setting("log_format", &["LOG_FORMAT"], Some("auto"), "text, json, or auto: text on a terminal"),

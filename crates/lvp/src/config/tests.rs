@@ -42,6 +42,7 @@ fn unknown_keys_are_refused_with_the_nearest_known_one() {
 #[test]
 fn values_that_cannot_be_are_refused_with_their_origin() {
     assert!(refusal("", &[("MAX_CONCURRENT_JOBS", "0")]).contains("(from MAX_CONCURRENT_JOBS) must be at least 1"));
+    assert!(refusal("", &[("LVP_JOB_HISTORY", "0")]).contains("(from LVP_JOB_HISTORY) must be at least 1"));
     assert!(refusal("", &[("MINIO_RETRY_BACKOFF_MS", "1,x")]).contains("milliseconds"));
     assert!(refusal("", &[("MINIO_ENDPOINT", "minio:9000")]).contains("MINIO_ENDPOINT"));
     assert!(refusal("", &[("MINIO_ACCESS_KEY", "a")]).contains("MINIO_SECRET_KEY is not"));

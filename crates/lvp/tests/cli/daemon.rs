@@ -114,6 +114,106 @@ fn a_second_daemon_on_the_same_state_is_refused_with_the_first_ones_pid() {
 }
 
 #[test]
+fn a_second_daemon_with_other_state_on_the_same_database_is_refused_with_the_first_ones_pid() {
+    let bed = Bed::new();
+    let web = Server::start();
+    let gate = Gate::default();
+    web.serve("/held.qcow2", page().hold(400_000, &gate));
+    let database = bed.path("jobs.db");
+    let daemon = bed.serve_with(&[("DB_PATH", database.to_str().unwrap())]);
+    let words = ["provision", &web.url("/held.qcow2"), "web-1", "--size", "64M", "--detach"];
+    let id = bed.lvp(&words).exits(0).stdout.trim().to_owned();
+    until(|| bed.volume("web-1").exists());
+    // The same file by another name, and below another directory.
+    let link = bed.path("link.db");
+    std::os::unix::fs::symlink(&database, &link).unwrap();
+    for name in [&database, &link] {
+        let mut second = bed.command(&["serve"]);
+        second.env("DB_PATH", name).env("LVP_STATE_DIR", bed.path("other")).env("LVP_CACHE_DIR", bed.path("others"));
+        let refused = crate::bed::run(&mut second).exits(8);
+        assert!(refused.stderr.contains("state_locked"), "{refused:?}");
+        assert!(refused.stderr.contains(&format!("process {}", daemon.0.id())), "{refused:?}");
+        assert!(refused.stderr.contains(&name.display().to_string()), "{refused:?}");
+    }
+    assert!(bed.get(&format!("/api/v1/jobs/{id}")).contains("\"running\""), "the job is the first one's");
+    gate.open();
+    assert_eq!(bed.lvp(&["job", "watch", &id, "-o", "json"]).exits(0).json()["status"], "completed");
+    let content = fs::read(bed.volume("web-1")).unwrap();
+    assert!(content.len() as u64 == 64 * MIB && content.iter().all(|byte| *byte == 7));
+}
+
+#[test]
+fn a_port_that_is_taken_uses_up_no_attempt_of_a_job() {
+    let bed = Bed::new();
+    let web = Server::start();
+    let gate = Gate::default();
+    web.serve("/held.qcow2", page().hold(400_000, &gate));
+    let mut daemon = bed.serve();
+    let words = ["provision", &web.url("/held.qcow2"), "web-1", "--size", "64M", "--detach"];
+    let id = bed.lvp(&words).exits(0).stdout.trim().to_owned();
+    until(|| bed.volume("web-1").exists());
+    daemon.signal("KILL");
+    daemon.ends_within(SOON);
+    // A supervisor starts it again and again.
+    let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = other.local_addr().unwrap().port().to_string();
+    for _ in 0..7 {
+        let refused = crate::bed::run(bed.command(&["serve"]).env("PORT", &port)).exits(8);
+        assert!(refused.stderr.contains("is served by another program"), "{refused:?}");
+        assert!(!refused.stderr.contains(&id), "the job was begun: {refused:?}");
+    }
+    gate.open();
+    let _daemon = bed.serve();
+    assert_eq!(bed.lvp(&["job", "watch", &id, "-o", "json"]).exits(0).json()["status"], "completed");
+}
+
+#[test]
+fn who_submitted_a_job_follows_it_through_a_restart_of_the_daemon() {
+    let bed = Bed::new();
+    let web = Server::start();
+    let gate = Gate::default();
+    web.serve("/held.qcow2", page().hold(400_000, &gate));
+    let mut daemon = bed.serve();
+    let words = ["provision", &web.url("/held.qcow2"), "web-1", "--size", "64M"];
+    let mut submitter = Process(bed.command(&words).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
+    until(|| bed.volume("web-1").exists());
+    daemon.signal("TERM");
+    until(|| bed.log().contains("waiting for running jobs to end"));
+    daemon.signal("TERM");
+    assert!(daemon.ends_within(SOON).success());
+    // It has found that the daemon is away, and stays.
+    let lines = BufReader::new(submitter.0.stderr.take().unwrap()).lines();
+    let mut said = lines.map(Result::unwrap);
+    assert!(said.any(|line| line.contains("is asked for again until the daemon is back")), "it gave up");
+    let _daemon = bed.serve();
+    gate.open();
+    assert_eq!(submitter.ends_within(SOON * 4).code(), Some(0), "{:?}", said.collect::<Vec<_>>());
+    let content = fs::read(bed.volume("web-1")).unwrap();
+    assert!(content.len() as u64 == 64 * MIB && content.iter().all(|byte| *byte == 7));
+    assert_eq!(bed.lvp(&["job", "list", "-o", "json"]).exits(0).json()["jobs"].as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn who_may_not_follow_a_job_asks_for_it_until_it_has_ended() {
+    let bed = Bed::new();
+    let image = bed.publish("good.qcow2");
+    let web = Server::start();
+    let gate = Gate::default();
+    web.serve("/held.qcow2", page().hold(400_000, &gate));
+    // Half of them may follow.
+    let _daemon = bed.serve_with(&[("LVP_MAX_CONNECTIONS", "2")]);
+    let words = ["provision", &web.url("/held.qcow2"), "held", "--size", "64M", "--detach"];
+    let held = bed.lvp(&words).exits(0).stdout.trim().to_owned();
+    let mut follower = Process(bed.command(&["job", "watch", &held]).stderr(Stdio::piped()).spawn().unwrap());
+    let mut line = String::new();
+    BufReader::new(follower.0.stderr.as_mut().unwrap()).read_line(&mut line).unwrap();
+    bed.lvp(&["provision", "s3://images/good.qcow2", "web-1", "--size", "8M"]).exits(0);
+    bed.assert_holds("web-1", &image);
+    assert!(follower.0.try_wait().unwrap().is_none(), "the place was free");
+    gate.open();
+}
+
+#[test]
 fn a_stopped_daemon_leaves_a_running_job_to_the_next() {
     let bed = Bed::new();
     let web = Server::start();
@@ -194,6 +294,8 @@ fn connections_leave_the_files_that_jobs_need() {
     let bed = Bed::new();
     let image = bed.publish("good.qcow2");
     let daemon = bed.serve_after("ulimit -n 256");
+    // Its socket is there before it serves.
+    until(|| bed.log().contains("\"serving\""));
     let log = bed.log();
     assert!(log.contains("fewer connections are taken than max_connections says"), "{log}");
     let line = log.lines().find(|line| line.contains("\"serving\"")).unwrap();
@@ -267,6 +369,22 @@ fn the_database_is_backed_up_beside_the_daemon_and_a_damaged_one_is_no_loss() {
     assert_eq!(fs::read(bed.volume("web-1")).unwrap(), volume);
     let examined = bed.lvp(&["doctor"]).stdout;
     assert!(examined.contains("in order, 1 jobs, schema version"), "{examined}");
+}
+
+#[test]
+fn a_job_that_cannot_be_read_is_named_by_the_doctor() {
+    let bed = Bed::new();
+    bed.publish("good.qcow2");
+    let words = ["provision", "s3://images/good.qcow2", "web-1", "--size", "8M", "-o", "json"];
+    let id = bed.lvp(&words).exits(0).json()["job_id"].as_str().unwrap().to_owned();
+    let database = rusqlite::Connection::open(bed.path("state/jobs.db")).unwrap();
+    database.execute("UPDATE jobs SET kind = 'teleport'", []).unwrap();
+    drop(database);
+    let examined = bed.lvp(&["doctor"]).stdout;
+    let told = format!("of 1 jobs 1 cannot be read and are left as they are: {id}");
+    assert!(examined.contains("warn  database") && examined.contains(&told), "{examined}");
+    assert!(examined.contains("run the newer lvp that wrote it"), "{examined}");
+    assert!(!bed.lvp(&["job", "list"]).exits(0).stdout.contains(&id));
 }
 
 #[test]
