@@ -2,8 +2,9 @@
 //!
 //! ```text
 //!  Wanted ──resolve──► Resolved ──fetch──► Cached(Entry)                         in use while it lives
-//!           (looks,      │       │        └► New(Unpublished) ──publish──► Entry
-//!            changes     │       │                  └─ dropped: nothing is left
+//!           (looks,      │       ├────────► Known(Entry): only the bytes that came told that it is cached
+//!            changes     │       ├────────► New(Unpublished) ──publish──► Entry
+//!                        │       │                  └─ dropped: nothing is left
 //!            nothing)    │       └─► Growing: the file while it comes, for who reads along
 //!                        └─► Reader: the image where it is
 //! ```

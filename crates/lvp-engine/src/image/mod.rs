@@ -13,7 +13,8 @@
 //!                                                  └─ partial  what a restart continues
 //!   ├─ chunks       digests that a hit is checked by
 //!   ├─ users        who uses a file beside us
-//!   └─ reader     random access before the fetch
+//!   ├─ resolved     a wanted image, looked up
+//!   └─ reader       random access before the fetch
 //! ```
 //! It leaves out what is in an image: who asks for one reads its format between [`Images::fetch`] and
 //! [`Unpublished::publish`], so that nothing unread is published.

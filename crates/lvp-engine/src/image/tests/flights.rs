@@ -109,30 +109,35 @@ async fn waits(server: &Server, path: &str, looks: usize) {
     tokio::time::sleep(Duration::from_millis(300)).await;
 }
 
-/// The digest is fetched from one place while a request names it beside another place, which has something else.
+/// The digest is fetched from one place while a request, or the checksum file of another place, names it for that other
+/// place, which has something else.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_another_request_brought_is_not_what_ones_own_place_has() {
-    let (server, bed, gate) = (Server::start(), Bed::new().await, Gate::default());
-    let bytes = content(50_000, 1);
-    server.serve("/a.qcow2", Page::new(bytes.clone()).hold(1000, &gate));
-    server.serve("/q.qcow2", Page::new(content(50_000, 2)));
-    let bring_from = |path| {
-        let (images, wanted) = (bed.images.clone(), bed.promised(&server.url(path), sha256(&bytes)));
-        tokio::spawn(async move { bring(&images, &wanted, &Progress::default()).await })
-    };
-    let leader = bring_from("/a.qcow2");
-    gate.reached().await;
-    let waiter = bring_from("/q.qcow2");
-    waits(&server, "/q.qcow2", 1).await;
-    gate.open();
-    assert!(leader.await.unwrap().is_ok() && waiter.await.unwrap().is_ok());
-    assert_eq!(server.count("GET", "/q.qcow2"), 0);
-    let entry = bed.bring(&server.url("/q.qcow2")).await.unwrap();
-    assert_eq!(
-        std::fs::read(entry.path()).unwrap(),
-        content(50_000, 2),
-        "the other place's image was given for this one's"
-    );
+    for by_request in [true, false] {
+        let (server, bed, gate) = (Server::start(), Bed::new().await, Gate::default());
+        let bytes = content(50_000, 1);
+        server.serve("/a.qcow2", Page::new(bytes.clone()).hold(1000, &gate));
+        server.serve("/q.qcow2", Page::new(content(50_000, 2)));
+        server.serve("/q.qcow2.sha256", Page::new(sha256(&bytes).hex().to_owned()));
+        let bring_from = |wanted: Wanted| {
+            let images = bed.images.clone();
+            tokio::spawn(async move { bring(&images, &wanted, &Progress::default()).await })
+        };
+        let leader = bring_from(bed.promised(&server.url("/a.qcow2"), sha256(&bytes)));
+        gate.reached().await;
+        let checksum = by_request.then(|| sha256(&bytes));
+        let waiter = bring_from(Wanted { checksum, ..bed.wanted(&server.url("/q.qcow2")) });
+        waits(&server, "/q.qcow2", 1).await;
+        gate.open();
+        assert!(leader.await.unwrap().is_ok() && waiter.await.unwrap().is_ok());
+        assert_eq!(server.count("GET", "/q.qcow2"), 0);
+        server.remove("/q.qcow2.sha256");
+        let entry = bed.bring(&server.url("/q.qcow2")).await.unwrap();
+        assert!(
+            std::fs::read(entry.path()).unwrap() == content(50_000, 2),
+            "by_request: {by_request}: it never had these"
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
