@@ -130,10 +130,12 @@ fn a_second_daemon_with_other_state_on_the_same_database_is_refused_with_the_fir
     for name in [&database, &link] {
         let mut second = bed.command(&["serve"]);
         second.env("DB_PATH", name).env("LVP_STATE_DIR", bed.path("other")).env("LVP_CACHE_DIR", bed.path("others"));
-        let refused = crate::bed::run(&mut second).exits(8);
-        assert!(refused.stderr.contains("state_locked"), "{refused:?}");
-        assert!(refused.stderr.contains(&format!("process {}", daemon.0.id())), "{refused:?}");
-        assert!(refused.stderr.contains(&name.display().to_string()), "{refused:?}");
+        let mut second = Process(second.stderr(Stdio::piped()).spawn().unwrap());
+        assert_eq!(second.ends_within(SOON).code(), Some(8));
+        let refused = std::io::read_to_string(second.0.stderr.take().unwrap()).unwrap();
+        assert!(refused.contains("state_locked"), "{refused}");
+        assert!(refused.contains(&format!("process {}", daemon.0.id())), "{refused}");
+        assert!(refused.contains(&name.display().to_string()), "{refused}");
     }
     assert!(bed.get(&format!("/api/v1/jobs/{id}")).contains("\"running\""), "the job is the first one's");
     gate.open();
