@@ -18,6 +18,7 @@ use super::{Engine, Inner, PLANS};
 use crate::{
     courtesy::Courtesy,
     error::{Error, Result},
+    health::Looks,
     host::{
         libvirt::{Libvirt, StoragePool},
         lock::Lock,
@@ -136,7 +137,7 @@ impl Prepared {
                 sweeper: sweeper.map(|task| task.abort_handle()),
                 courtesy: courtesy.map(|task| task.abort_handle()),
                 leftovers,
-                looks: health::Looks::default(),
+                looks: Looks::default(),
                 _locks: locks,
             }),
         })

@@ -129,7 +129,12 @@ impl Context {
     /// The context of a stored job.
     pub fn new(services: Arc<Services>, stored: &Stored, progress: Progress) -> Result<Self> {
         let order = Order::from_stored(&stored.request)?;
-        let record: Record = serde_json::from_value(stored.record.clone()).unwrap_or_default();
+        // Of one that is not understood nothing is guessed: it may be a newer lvp's.
+        let record: Option<Record> = serde_json::from_value(stored.record.clone()).map_err(|error| {
+            Error::internal("what the job recorded cannot be understood, so it was neither resumed nor undone")
+                .source(error)
+        })?;
+        let record = record.unwrap_or_default();
         let may_be_written = record.overwriting;
         let own = Limits::new(order.limit_rate, order.limit_rate);
         let progress = progress.limited(services.limits.and(&own));

@@ -5,6 +5,7 @@
 //!  waits or runs                   nothing: it is the job's
 //!  failed or was cancelled         removed: what should have taken it back had failed
 //!  completed                       a volume is reported, and never removed: its tag came back, as with vgcfgrestore(8)
+//!  cannot be read                  reported
 //!  is not known here               reported; removed once it is older than the grace period
 //! ```
 //! Only what says on itself that lvp made it and that it is incomplete is a leftover, in the configured targets. A volume that
@@ -35,8 +36,18 @@ struct Leftover {
     /// The volume's name; none for a base.
     volume: Option<VolumeName>,
     job: JobId,
-    /// How its job ended, if it is known here.
-    ended: Option<JobStatus>,
+    known: Known,
+}
+
+/// What is known of the job of a leftover.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Known {
+    /// It is not in the database.
+    Nothing,
+    /// It is there, and cannot be read.
+    Unreadable,
+    /// It ended so.
+    Ended(JobStatus),
 }
 
 impl fmt::Display for Leftover {
@@ -45,12 +56,13 @@ impl fmt::Display for Leftover {
             Some(name) => write!(f, "incomplete volume {name}")?,
             None => write!(f, "unfinished base")?,
         }
-        let fate = match self.ended {
-            Some(JobStatus::Completed) if self.volume.is_some() => {
+        let fate = match self.known {
+            Known::Ended(JobStatus::Completed) if self.volume.is_some() => {
                 "completed: so it is whole, whatever its tag says (`lvp volume adopt` takes that away)"
             }
-            Some(_) => "has ended",
-            None => "is not known here",
+            Known::Ended(_) => "has ended",
+            Known::Unreadable => "cannot be read in the database (see `lvp doctor`)",
+            Known::Nothing => "is not known here",
         };
         write!(f, " in {} of job {}, which {fate}", self.target.backend.label(), self.job)
     }
@@ -59,10 +71,11 @@ impl fmt::Display for Leftover {
 impl Leftover {
     /// Whether it may be removed now, if what is older than `grace` may.
     fn is_due(&self, grace: Option<Duration>, now: Timestamp) -> bool {
-        match self.ended {
-            Some(JobStatus::Completed) => self.volume.is_none(),
-            Some(_) => true,
-            None => match (grace, submitted(self.job)) {
+        match self.known {
+            Known::Ended(JobStatus::Completed) => self.volume.is_none(),
+            Known::Ended(_) => true,
+            Known::Unreadable => false,
+            Known::Nothing => match (grace, submitted(self.job)) {
                 (Some(grace), Some(at)) => now.duration_since(at).unsigned_abs() >= grace && now >= at,
                 _ => false,
             },
@@ -95,8 +108,11 @@ async fn leftovers(services: &Arc<Services>, runner: &Runner<Context>) -> Result
     for leftover in candidates.await? {
         match runner.get(leftover.job).await {
             Ok(job) if !job.status.is_terminal() => {}
-            Ok(job) => left.push(Leftover { ended: Some(job.status), ..leftover }),
+            Ok(job) => left.push(Leftover { known: Known::Ended(job.status), ..leftover }),
             Err(error) if error.code() == ErrorCode::JobNotFound => left.push(leftover),
+            Err(error) if error.code() == ErrorCode::DatabaseUnavailable && !error.retryable() => {
+                left.push(Leftover { known: Known::Unreadable, ..leftover });
+            }
             Err(error) => return Err(error),
         }
     }
@@ -109,7 +125,7 @@ async fn leftovers(services: &Arc<Services>, runner: &Runner<Context>) -> Result
 
 /// Everything in a target that says of itself that it is lvp's and incomplete.
 fn incomplete(target: &Target) -> Result<Vec<Leftover>> {
-    let leftover = |volume, job| Leftover { target: target.clone(), volume, job, ended: None };
+    let leftover = |volume, job| Leftover { target: target.clone(), volume, job, known: Known::Nothing };
     let volumes = target.backend.list()?.into_iter();
     let mut found: Vec<Leftover> =
         volumes.filter_map(|volume| Some(leftover(Some(volume.name.clone()), job_of(&volume)?))).collect();
@@ -189,24 +205,25 @@ mod tests {
     use super::*;
     use crate::volume::{LockRetry, Targets};
 
-    fn leftover(ended: Option<JobStatus>) -> Leftover {
+    fn leftover(known: Known) -> Leftover {
         let targets = Targets::new(BTreeMap::new(), LockRetry { attempts: 0, backoff: Vec::new() });
         let target = targets.find(Some("dir:/nowhere"), true).unwrap();
-        Leftover { target, volume: Some("web".parse().unwrap()), job: JobId(uuid::Uuid::now_v7()), ended }
+        Leftover { target, volume: Some("web".parse().unwrap()), job: JobId(uuid::Uuid::now_v7()), known }
     }
 
     #[test]
     fn what_is_unknown_waits_for_the_grace_period() {
         let (hour, now) = (Duration::from_secs(3600), Timestamp::now());
-        let (known, unknown) = (leftover(Some(JobStatus::Failed)), leftover(None));
+        let (known, unknown) = (leftover(Known::Ended(JobStatus::Failed)), leftover(Known::Nothing));
         assert!(known.is_due(Some(hour), now) && known.is_due(None, now));
         assert!(!unknown.is_due(Some(hour), now));
         assert!(!unknown.is_due(None, now + hour * 100), "never means never");
         assert!(unknown.is_due(Some(hour), now + hour + Duration::from_secs(1)));
         // What a completed job wrote is whole, whatever its tag says; a base is nobody's.
-        let completed = leftover(Some(JobStatus::Completed));
+        let completed = leftover(Known::Ended(JobStatus::Completed));
         assert!(!completed.is_due(Some(hour), now + hour * 100));
         assert!(Leftover { volume: None, ..completed }.is_due(Some(hour), now));
+        assert!(!leftover(Known::Unreadable).is_due(Some(hour), now + hour * 100));
         // A clock that was set back makes nothing old.
         assert!(!unknown.is_due(Some(hour), now - hour * 2));
     }

@@ -150,12 +150,9 @@ async fn a_job_that_cannot_be_read_stops_no_daemon_and_its_volume_is_left_alone(
     assert!(refusal["retryable"] == false && refusal["message"].as_str().unwrap().contains(&id), "{refusal:#}");
     bed.unix().delete("/api/v1/volumes/held?force=true").await.refusal("volume_in_use");
     let begun = Instant::now();
-    while !bed.tcp().get("/health").await.json()["checks"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .any(|check| check["name"] == "leftovers" && check["message"].as_str().unwrap().contains("not looked for"))
-    {
+    while !bed.tcp().get("/health").await.json()["checks"].as_array().unwrap().iter().any(|check| {
+        check["name"] == "leftovers" && check["message"].as_str().unwrap().contains("cannot be read in the database")
+    }) {
         assert!(begun.elapsed() < PATIENCE, "leftovers were not looked for");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
