@@ -498,9 +498,13 @@ impl Context {
             (Some(known), _) if known.check().is_ok() => Ok(Some(name)),
             (Some(known), _) => Ok(known.find_renamed(&*backend)?.map(|volume| volume.name).or(Some(name))),
             // An attempt before began it, and this one has not come so far.
-            (None, Some(begun)) => match backend.find(&name)? {
-                Some(volume) if refuse_stranger(Some(&begun), &volume).is_ok() => Ok(Some(name)),
-                _ => Ok(find_begun(&begun, &*backend)?.map(|volume| volume.name)),
+            (None, Some(begun)) => match find_begun(&begun, &*backend)? {
+                Some(volume) => Ok(Some(volume.name)),
+                // One that is not active may be it.
+                None => {
+                    let there = backend.find(&name)?;
+                    Ok(there.filter(|it| refuse_stranger(Some(&begun), it).is_ok()).map(|volume| volume.name))
+                }
             },
             (None, None) => Ok(Some(name)),
         })
