@@ -464,8 +464,9 @@ impl Context {
             return Ok(());
         };
         let name = volume.name.clone();
-        if self.record.overwriting && self.is_done().await.unwrap_or_default() {
-            tracing::debug!(job_id = %self.id, "its volume says that it holds the image");
+        if self.record.overwriting {
+            // What it says of itself is noted; where it cannot be asked, it counts as partly overwritten.
+            let _ = self.is_done().await;
         }
         let how = match (self.record.overwriting, self.record.finished) {
             // Somebody removed it.

@@ -82,7 +82,10 @@ impl Lvm {
     }
 
     fn run_ok(&self, program: &str, arguments: &[&str]) -> Result<Finished> {
-        let finished = self.run(program, arguments)?;
+        self.checked(program, arguments, self.run(program, arguments)?)
+    }
+
+    fn checked(&self, program: &str, arguments: &[&str], finished: Finished) -> Result<Finished> {
         if finished.code == 0 { Ok(finished) } else { Err(self.explain(program, arguments, &finished)) }
     }
 
@@ -126,10 +129,8 @@ impl Lvm {
 
     fn report<T: DeserializeOwned>(&self, program: &str, fields: &str, what: &str) -> Result<Vec<T>> {
         let arguments = ["--reportformat", "json", "--units", "b", "--nosuffix", "-o", fields, what];
-        let finished = self.run_by(|| cmd::ask(&self.group, program, &arguments, LIMIT), program)?;
-        if finished.code != 0 {
-            return Err(self.explain(program, &arguments, &finished));
-        }
+        let asked = self.run_by(|| cmd::ask(&self.group, program, &arguments, LIMIT), program)?;
+        let finished = self.checked(program, &arguments, asked)?;
         rows(&finished.stdout, if program == "vgs" { "vg" } else { "lv" })
             .map_err(|error| error.detail("command", format!("{program} {}", arguments.join(" "))))
     }
